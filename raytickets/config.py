@@ -1,0 +1,265 @@
+"""The search space: what a user edits, as frozen dataclasses that refuse bad values by name."""
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+Rule = Literal["corrected", "paper"]
+Schedule = Literal["constant", "cosine", "multistep"]
+Weights = Literal["inherit", "reinit"]
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used: names the field, the value and what is allowed."""
+
+    def __init__(self, field: str, value: object, allowed: str):
+        super().__init__(f"{field}: {value!r} is not allowed: {allowed}")
+
+
+def _number(name: str, value: object, *, above: float, below: float = math.inf, allowed: str):
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not above < value < below:
+        raise InputError(name, value, allowed)
+
+
+def _whole(name: str, value: object, least: int):
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise InputError(name, value, f"must be a whole number, at least {least}")
+
+
+def _choice(name: str, value: object, choices: tuple):
+    if value not in choices:
+        raise InputError(name, value, f"must be one of {', '.join(choices)}")
+
+
+def _sequence(name: str, value: object):
+    if not isinstance(value, tuple) or not value:
+        raise InputError(name, value, "must be a tuple of at least one value")
+    if len(set(value)) != len(value):
+        raise InputError(name, value, "each value may occur once")
+
+
+def _kind(name: str, value: object, kind: type):
+    if not isinstance(value, kind):
+        raise InputError(name, value, f"must be a {kind.__name__}")
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network by name, with the keyword arguments of its builder.
+
+    `name` is a built-in (`cifar_vgg`, `cifar_resnet`), a torchvision classification network
+    (`resnet18`, `mobilenet_v2`, ...) or the user's own as `package.module:function`, called as
+    `function(num_classes=..., in_channels=..., **options)`.
+    """
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if not isinstance(self.name, str) or not self.name:
+            raise InputError("network.name", self.name, "must be a network's name")
+        _kind("network.options", self.options, Mapping)
+
+
+@dataclass(frozen=True)
+class Data:
+    """Labelled images, split three ways.
+
+    `source="digits"` is scikit-learn's 1,797 images of 8x8 pixels. `source="folder"` reads the
+    ImageFolder at `path`: either `train/<class>/*` and `test/<class>/*` (and `validation/` if it
+    is there), or plain `<class>/*`. Splits that are not there are drawn at random, stratified by
+    class, from the training images: `validation` and `test` are their shares.
+    """
+
+    source: Literal["digits", "folder"] = "digits"
+    path: str | None = None
+    image_size: int | None = None
+    """Side in pixels that images are resized and centre-cropped to; None keeps their own size."""
+    validation: float = 0.1
+    test: float = 0.2
+    crop_padding: int = 0
+    """Pixels of zero padding for random crops while training."""
+    flip: bool = False
+    """Random horizontal flips while training."""
+    limit: int | None = None
+    """Use this many training images at most, and as many for validation and test together."""
+    split_seed: int = 0
+
+    def __post_init__(self):
+        _choice("data.source", self.source, ("digits", "folder"))
+        if self.source == "folder" and not isinstance(self.path, str):
+            raise InputError("data.path", self.path, "must be the folder of an ImageFolder")
+        if self.image_size is not None:
+            _whole("data.image_size", self.image_size, 1)
+        for name in ("validation", "test"):
+            share = getattr(self, name)
+            _number(f"data.{name}", share, above=0, below=1, allowed="must be above 0 and below 1")
+        if self.validation + self.test >= 1:
+            raise InputError("data.validation", self.validation, "no training images would be left")
+        _whole("data.crop_padding", self.crop_padding, 0)
+        if self.limit is not None:
+            _whole("data.limit", self.limit, 10)
+        _whole("data.split_seed", self.split_seed, 0)
+
+
+@dataclass(frozen=True)
+class StopRule:
+    """When a mask counts as converged (see `raytickets.earlybird`)."""
+
+    rule: Rule = "corrected"
+    window: int = 5
+    """How many masks are kept; the newest is compared with each of the others."""
+    threshold: float | None = None
+    """Largest mask distance that still counts as the same mask; None is the rule's own
+    (0.1 of the channels for `paper`, 0.2 of chance for `corrected`)."""
+
+    def __post_init__(self):
+        _choice("stop_rule.rule", self.rule, get_args(Rule))
+        _whole("stop_rule.window", self.window, 2)
+        if self.threshold is not None:
+            allowed = "must be above 0 and below 1"
+            _number("stop_rule.threshold", self.threshold, above=0, below=1, allowed=allowed)
+
+    @property
+    def limit(self) -> float:
+        return self.threshold or {"paper": 0.1, "corrected": 0.2}[self.rule]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """One recipe of stochastic gradient descent with momentum."""
+
+    epochs: int
+    batch_size: int = 64
+    learning_rate: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    schedule: Schedule = "constant"
+    """`cosine` falls to 0 over the epochs; `multistep` divides by 10 at each milestone."""
+    milestones: tuple[int, ...] = ()
+    """Epochs after which `multistep` drops the learning rate."""
+
+    def validate(self, name: str):
+        _whole(f"{name}.epochs", self.epochs, 1)
+        _whole(f"{name}.batch_size", self.batch_size, 2)
+        _number(f"{name}.learning_rate", self.learning_rate, above=0, allowed="must be above 0")
+        allowed = "must be at least 0 and below 1"
+        _number(f"{name}.momentum", self.momentum, above=-1e-300, below=1, allowed=allowed)
+        allowed = "must be at least 0"
+        _number(f"{name}.weight_decay", self.weight_decay, above=-1e-300, allowed=allowed)
+        _choice(f"{name}.schedule", self.schedule, get_args(Schedule))
+        if (self.schedule == "multistep") != bool(self.milestones):
+            allowed = "`multistep` needs milestones and the other schedules take none"
+            raise InputError(f"{name}.milestones", self.milestones, allowed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retraining(Training):
+    """The full training of a winning ticket, and of the dense reference beside it."""
+
+    schedule: Schedule = "cosine"
+    weights: Weights = "inherit"
+    """`inherit` goes on from the ticket's weights; `reinit` draws new ones in its shape."""
+    num_workers: int | None = None
+    """Ray Train workers; must divide the batch size. None takes the most that do and fit."""
+
+    def validate(self, name: str):
+        super().validate(name)
+        _choice(f"{name}.weights", self.weights, get_args(Weights))
+        if self.num_workers is not None:
+            _whole(f"{name}.num_workers", self.num_workers, 1)
+            if self.batch_size % self.num_workers:
+                allowed = f"must divide {name}.batch_size, which is {self.batch_size}"
+                raise InputError(f"{name}.num_workers", self.num_workers, allowed)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one trajectory takes; CPUs are also its torch threads."""
+
+    cpus_per_trial: int = 1
+    gpus_per_trial: float = 0.0
+
+    def __post_init__(self):
+        _whole("resources.cpus_per_trial", self.cpus_per_trial, 1)
+        allowed = "must be at least 0"
+        _number(
+            "resources.gpus_per_trial", self.gpus_per_trial, above=-1e-300, allowed=allowed
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchSpace:
+    """Everything one sweep needs; a function in `search_spaces/` returns it.
+
+    One trajectory is trained for each penalty and seed, for at most `training.epochs`; every
+    prune ratio is a cut of the same trajectory. Raises `InputError` on a value that cannot be
+    used.
+    """
+
+    name: str
+    network: Network
+    data: Data
+    penalties: tuple[float, ...]
+    """Weights of the L1 penalty on the BatchNorm scales."""
+    prune_ratios: tuple[float, ...]
+    """Shares of the channels to drop."""
+    training: Training
+    """The trajectory's recipe; its epochs are the budget."""
+    retraining: Retraining
+    proof: Training = field(default_factory=lambda: Training(epochs=2, schedule="cosine"))
+    """The short fine-tune of a shrunk ticket that ranks it."""
+    stop_rule: StopRule = field(default_factory=StopRule)
+    min_channels: int = 1
+    """Each channel group keeps at least this many, its best ones."""
+    seeds: tuple[int, ...] = (0,)
+    winners: int = 3
+    """How many tickets of the Pareto set are retrained at most."""
+    resources: Resources = field(default_factory=Resources)
+
+    def __post_init__(self):
+        if not isinstance(self.name, str) or not self.name.replace("-", "").replace("_", "").isalnum():
+            raise InputError("name", self.name, "must be letters, digits, '-' and '_'")
+        for name, kind in (
+            ("network", Network),
+            ("data", Data),
+            ("training", Training),
+            ("proof", Training),
+            ("retraining", Retraining),
+            ("stop_rule", StopRule),
+            ("resources", Resources),
+        ):
+            _kind(name, getattr(self, name), kind)
+        _sequence("penalties", self.penalties)
+        for value in self.penalties:
+            _number("penalties", value, above=-1e-300, allowed="each must be a number, at least 0")
+        _sequence("prune_ratios", self.prune_ratios)
+        for value in self.prune_ratios:
+            allowed = "each must be above 0 and below 1"
+            _number("prune_ratios", value, above=0, below=1, allowed=allowed)
+        _sequence("seeds", self.seeds)
+        for value in self.seeds:
+            _whole("seeds", value, 0)
+        _whole("min_channels", self.min_channels, 1)
+        _whole("winners", self.winners, 1)
+        self.training.validate("training")
+        self.proof.validate("proof")
+        self.retraining.validate("retraining")
+        if self.training.epochs < self.stop_rule.window:
+            allowed = f"must be at least stop_rule.window, which is {self.stop_rule.window}"
+            raise InputError("training.epochs", self.training.epochs, allowed)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values, keys in the order of the fields."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over every field, in hexadecimal."""
+        canonical = json.dumps(self.as_dict(), sort_keys=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()

@@ -1,0 +1,66 @@
+"""The sweep's journal: every result, one JSON object a line, on disk before anyone is told.
+
+Events, by their `event` field (`run` is a trajectory, a ticket, or `dense`):
+
+sweep        name, space (all fields), fingerprint, channels, dense {macs, params}, data
+             {fingerprint, train, validation, test}, versions {package: version}
+check        trajectory, check, epoch, loss, validation_accuracy, distances {ratio: distance or
+             null while the window fills}, train_macs and seconds since the trajectory began
+ticket       trajectory, ticket, path (relative to the sweep), penalty, prune_ratio, learning_rate,
+             seed, rule, draw_check, draw_epoch, mask_distance, macs, params,
+             kept {group: [kept, of]}, proof_accuracy (validation), proof_macs (training)
+trajectory   trajectory, penalty, seed, state (drawn, not converged, diverged or failed), reason,
+             epochs, train_macs, seconds, ratios {ratio: drawn, not converged or diverged}
+winners      tickets, in order of falling proof accuracy
+epoch        run, epoch, loss, validation_accuracy, learning_rate
+retrained    run, path, macs, params, epochs, validation_accuracy, test_accuracy, train_macs, seconds,
+             num_workers
+end          state (done or failed), reason
+
+MACs are of one image forward (`macs`) or of training (3 x forward x samples); accuracies are
+shares between 0 and 1; seconds are wall time.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+Event = dict[str, Any]
+
+
+class Journal:
+    """Appends events to `journal.jsonl` in a sweep's folder, each one synced to disk."""
+
+    def __init__(self, sweep: Path):
+        self.path = sweep / "journal.jsonl"
+        _drop_torn_line(self.path)
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def append(self, event: Event) -> None:
+        self._file.write(json.dumps(event, allow_nan=False) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_journal(sweep: Path) -> list[Event]:
+    """Every whole event of a sweep, oldest first.
+
+    Raises FileNotFoundError if the folder holds no journal, ValueError on a damaged line.
+    """
+    lines = (sweep / "journal.jsonl").read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def _drop_torn_line(path: Path) -> None:
+    """A writer that was killed may have left half a line; it was never told to anyone."""
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        with path.open("r+b") as file:
+            file.truncate(whole)
