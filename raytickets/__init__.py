@@ -1,0 +1,36 @@
+"""raytickets: search early-bird lottery tickets on a laptop or a Ray cluster.
+
+from raytickets import search, load_ticket
+sweep = search(load_space("digits"))
+network = load_ticket(sweep.path / "tickets" / id).network()
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from raytickets.config import SearchSpace
+    from raytickets.driver import search
+    from raytickets.spaces import load_space
+    from raytickets.sweep import Sweep
+    from raytickets.ticket import Ticket, load_ticket
+
+__all__ = ["SearchSpace", "Sweep", "Ticket", "load_space", "load_ticket", "search"]
+
+_HOME = {
+    "SearchSpace": "config",
+    "Sweep": "sweep",
+    "Ticket": "ticket",
+    "load_space": "spaces",
+    "load_ticket": "ticket",
+    "search": "driver",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Each name is imported when it is asked for: torch and Ray take seconds, and bad input is to
+    # be refused before them.
+    if name not in _HOME:
+        raise AttributeError(f"module 'raytickets' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"raytickets.{_HOME[name]}"), name)

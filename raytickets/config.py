@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -46,6 +47,10 @@ def _sequence(name: str, value: object):
 def _kind(name: str, value: object, kind: type):
     if not isinstance(value, kind):
         raise InputError(name, value, f"must be a {kind.__name__}")
+
+
+def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
 
 
 @dataclass(frozen=True)
@@ -188,9 +193,7 @@ class Resources:
     def __post_init__(self):
         _whole("resources.cpus_per_trial", self.cpus_per_trial, 1)
         allowed = "must be at least 0"
-        _number(
-            "resources.gpus_per_trial", self.gpus_per_trial, above=-1e-300, allowed=allowed
-        )
+        _number("resources.gpus_per_trial", self.gpus_per_trial, above=-1e-300, allowed=allowed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,7 +226,7 @@ class SearchSpace:
     resources: Resources = field(default_factory=Resources)
 
     def __post_init__(self):
-        if not isinstance(self.name, str) or not self.name.replace("-", "").replace("_", "").isalnum():
+        if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
             raise InputError("name", self.name, "must be letters, digits, '-' and '_'")
         for name, kind in (
             ("network", Network),
@@ -257,6 +260,29 @@ class SearchSpace:
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values, keys in the order of the fields."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    def with_retraining(self, **changes: Any) -> "SearchSpace":
+        """The same space with other values for these fields of `retraining`."""
+        return dataclasses.replace(self, retraining=dataclasses.replace(self.retraining, **changes))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "SearchSpace":
+        """The space that `as_dict` described; InputError if it does not describe one."""
+        parts = {
+            "network": Network,
+            "data": Data,
+            "training": Training,
+            "proof": Training,
+            "retraining": Retraining,
+            "stop_rule": StopRule,
+            "resources": Resources,
+        }
+        try:
+            built = {name: part(**_tuples(values[name])) for name, part in parts.items()}
+            return cls(**_tuples(values) | built)
+        except (KeyError, TypeError) as error:
+            allowed = f"does not describe a search space ({error})"
+            raise InputError("space", dict(values), allowed) from error
 
     @property
     def fingerprint(self) -> str:

@@ -13,8 +13,8 @@ trajectory   trajectory, penalty, seed, state (drawn, not converged, diverged or
              epochs, train_macs, seconds, ratios {ratio: drawn, not converged or diverged}
 winners      tickets, in order of falling proof accuracy
 epoch        run, epoch, loss, validation_accuracy, learning_rate
-retrained    run, path, macs, params, epochs, validation_accuracy, test_accuracy, train_macs, seconds,
-             num_workers
+retrained    run, path, macs, params, epochs, validation_accuracy, test_accuracy, train_macs,
+             seconds, num_workers
 end          state (done or failed), reason
 
 MACs are of one image forward (`macs`) or of training (3 x forward x samples); accuracies are

@@ -1,0 +1,46 @@
+"""What networks and training cost, and which tickets are worth their cost."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def macs(network: nn.Module, example: Tensor) -> int:
+    """Multiply-accumulates of one image's forward pass.
+
+    example is float [1, channels, height, width]. PyTorch's counter counts two FLOPs for each MAC
+    of convolutions and matrix products, and nothing for the rest.
+    """
+    training = network.training
+    network.eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network(example)
+    network.train(training)
+    return counter.get_total_flops() // 2
+
+
+def params(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def training_macs(forward_macs: int, samples: int) -> int:
+    """MACs of training on `samples` images: the backward pass counts as two forward passes."""
+    return 3 * forward_macs * samples
+
+
+def pareto_front(accuracies: Sequence[float], costs: Sequence[int]) -> list[int]:
+    """Places of the points that no other point beats in both, cheapest first.
+
+    Of equal points the first one stands.
+    """
+    order = sorted(range(len(costs)), key=lambda place: (costs[place], -accuracies[place], place))
+    front: list[int] = []
+    best = -math.inf
+    for place in order:
+        if accuracies[place] > best:
+            front.append(place)
+            best = accuracies[place]
+    return front

@@ -1,0 +1,312 @@
+"""The sweep's driver: checks the input, runs every stage on Ray, and tells what happens."""
+
+import contextlib
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+# Under `uv run` Ray would build a new environment for every worker; a sweep's workers are to run
+# in the one that the driver has. The others: Tune's own files, console boxes and Ctrl-C handler,
+# in place of which there are the journal, the observer and KeyboardInterrupt.
+os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
+
+import ray
+from ray import tune
+
+from raytickets import cost
+from raytickets.config import InputError, SearchSpace
+from raytickets.data import DataSet, load_data
+from raytickets.journal import Event, Journal
+from raytickets.models import check_network
+from raytickets.retrain import DENSE, Job, retrain, worker_count
+from raytickets.shrink import UnsupportedNetwork, channel_groups, check_prunable
+from raytickets.sweep import Sweep, first, select
+from raytickets.ticket import DamagedTicket, load_ticket, package_versions
+from raytickets.tracking import Tracker, prepare_store, resolve_uri
+from raytickets.trajectory import grid
+from raytickets.trial import Trial
+
+Observer = Callable[[Event], None]
+
+
+class SweepFailed(RuntimeError):
+    """A stage of the sweep failed; what was found before is on disk."""
+
+
+def _unheard(event: Event) -> None:
+    pass
+
+
+def search(
+    space: SearchSpace,
+    *,
+    name: str | None = None,
+    storage: str | Path = "sweeps",
+    tracking_uri: str | None = None,
+    observer: Observer = _unheard,
+) -> Sweep:
+    """Run a sweep: trajectories, tickets, proofs, winners, retraining, MLflow.
+
+    The sweep's folder is `storage/name`; without a name it is called after the space and the time.
+    The same name goes on with a sweep that was cut off: what it had finished is not done again.
+    `observer` hears every event of `raytickets.journal` once it is on disk. Ray is the cluster at
+    RAY_ADDRESS, or this machine. Raises InputError on input that cannot be used, before Ray
+    starts where that can be known, and SweepFailed if a stage failed.
+    """
+    name = name or f"{space.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = _writable_folder(storage, name)
+    opening = _check_same_space(folder, space)
+    dataset = load_data(space.data)
+    opening = opening or _check_network(space, dataset, name)
+    uri = resolve_uri(tracking_uri)
+    prepare_store(uri)
+    with _cluster(space) as capacity, _told(folder, uri, observer) as tell:
+        workers = worker_count(space, capacity)
+        sweep = Sweep(folder)
+        if not (folder / "journal.jsonl").stat().st_size:
+            tell(opening)
+        try:
+            data = ray.put(dataset)
+            _run_trajectories(space, sweep, data, tell)
+            _retrain_winners(space, sweep, data, workers, tell)
+            failed = [
+                f"{event['trajectory']}: {event['reason']}"
+                for event in sweep.report()["trajectories"]
+                if event["state"] == "failed"
+            ]
+        except Exception as error:
+            failed = [f"{type(error).__name__}: {error}"]
+        reason = "; ".join(failed)
+        tell({"event": "end", "state": "failed" if failed else "done", "reason": reason})
+    if failed:
+        raise SweepFailed(reason)
+    return sweep
+
+
+def retrain_ticket(
+    path: str | Path,
+    *,
+    epochs: int | None = None,
+    weights: str | None = None,
+    tracking_uri: str | None = None,
+    observer: Observer = _unheard,
+) -> Event:
+    """Retrain one ticket of a sweep with the sweep's recipe; its `retrained` event.
+
+    `epochs` and `weights` (`inherit` or `reinit`) replace the recipe's own. The result goes to the
+    sweep's journal and the ticket's MLflow run. Raises InputError, DamagedTicket or SweepFailed.
+    """
+    path = Path(path).resolve()
+    ticket = load_ticket(path, trust_code=True)
+    sweep = Sweep(path.parent.parent)
+    space = sweep.space()
+    if ticket.id not in {event["ticket"] for event in select(sweep.events(), "ticket")}:
+        raise InputError("ticket", str(path), "must be one of the tickets of a sweep")
+    recipe = {"epochs": epochs, "weights": weights}
+    recipe = {name: value for name, value in recipe.items() if value is not None}
+    space = space.with_retraining(**recipe)
+    dataset = load_data(space.data)
+    uri = resolve_uri(tracking_uri)
+    prepare_store(uri)
+    with _cluster(space) as capacity, _told(sweep.path, uri, observer) as tell:
+        workers = worker_count(space, capacity)
+        jobs = [Job(ticket.id, path)]
+        try:
+            retrain(space, jobs, ray.put(dataset), sweep.path, workers, tell)
+        except Exception as error:
+            raise SweepFailed(f"{type(error).__name__}: {error}") from error
+    return select(sweep.events(), "retrained")[-1]
+
+
+def _writable_folder(storage: str | Path, name: str) -> Path:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise InputError("name", name, "must be letters, digits, '.', '-' and '_'")
+    folder = Path(storage).expanduser().resolve() / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".probe"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise InputError("storage", str(storage), f"must be writable ({error})") from error
+    return folder
+
+
+def _check_same_space(folder: Path, space: SearchSpace) -> Event | None:
+    """The opening event of a sweep to go on with, None for a new one."""
+    if not (folder / "journal.jsonl").exists() or not (events := Sweep(folder).events()):
+        return None
+    opening = first(events, "sweep")
+    if opening["fingerprint"] != space.fingerprint:
+        before, now = opening["space"], space.as_dict()
+        changed = [name for name in now if before.get(name) != now[name]]
+        allowed = f"this sweep began with another {', '.join(changed)}; choose a new name"
+        raise InputError("name", folder.name, allowed)
+    return opening
+
+
+def _check_network(space: SearchSpace, dataset: DataSet, name: str) -> Event:
+    """Refuse a network that cannot be pruned; the opening event otherwise."""
+    network = check_network(
+        space.network,
+        in_channels=dataset.channels,
+        num_classes=len(dataset.classes),
+        image_size=dataset.image_size,
+    )
+    example = dataset.example()
+    try:
+        groups = channel_groups(network, example)
+        check_prunable(network, groups, example)
+    except UnsupportedNetwork as error:
+        raise InputError("network.name", space.network.name, str(error)) from error
+    return {
+        "event": "sweep",
+        "name": name,
+        "space": space.as_dict(),
+        "fingerprint": space.fingerprint,
+        "channels": sum(group.width for group in groups),
+        "dense": {"macs": cost.macs(network, example), "params": cost.params(network)},
+        "data": {
+            "fingerprint": dataset.fingerprint,
+            "train": len(dataset.train),
+            "validation": len(dataset.validation),
+            "test": len(dataset.test),
+        },
+        "versions": package_versions(),
+    }
+
+
+@contextlib.contextmanager
+def _cluster(space: SearchSpace) -> Iterator[int]:
+    """Ray, if it does not run yet: how many retraining workers it has room for."""
+    started = not ray.is_initialized()
+    if started:
+        local = {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": False}
+        ray.init(log_to_driver=False, logging_level="ERROR", **local)
+    try:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        asked = {"CPU": space.resources.cpus_per_trial, "GPU": space.resources.gpus_per_trial}
+        for kind, amount in asked.items():
+            most = max(node.get(kind, 0) for node in nodes)
+            if amount > most:
+                field = f"resources.{kind.lower()}s_per_trial"
+                raise InputError(field, amount, f"no machine of the cluster has over {most:g}")
+        kind = "GPU" if space.resources.gpus_per_trial else "CPU"
+        yield int(sum(node.get(kind, 0) for node in nodes))
+    finally:
+        if started:
+            ray.shutdown()
+
+
+@contextlib.contextmanager
+def _told(folder: Path, uri: str, observer: Observer) -> Iterator[Callable[[Event], None]]:
+    """Tell an event: to the journal, then to MLflow and the observer."""
+    journal = Journal(folder)
+    tracker = Tracker(uri, folder)
+    for event in Sweep(folder).events():
+        tracker.write(event)
+
+    def tell(event: Event) -> None:
+        journal.append(event)
+        tracker.write(event)
+        observer(event)
+
+    try:
+        yield tell
+    finally:
+        journal.close()
+        if owed := tracker.close():
+            observer({"event": "owed", "reason": owed})
+
+
+class _Teller(tune.Callback):
+    def __init__(self, tell: Callable[[Event], None]):
+        self._tell = tell
+
+    def on_trial_result(self, iteration, trials, trial, result, **info) -> None:  # noqa: ARG002
+        for event in result["events"]:
+            self._tell(event)
+
+
+def _run_trajectories(
+    space: SearchSpace, sweep: Sweep, data: "ray.ObjectRef[DataSet]", tell: Callable[[Event], None]
+) -> None:
+    """Run those that have not ended yet; one that fails is told of and leaves the rest alone."""
+    ended = _ended_trajectories(sweep)
+    points = [point for point in grid(space) if point.id not in ended]
+    if not points:
+        return
+    resources = {"cpu": space.resources.cpus_per_trial, "gpu": space.resources.gpus_per_trial}
+    trial = tune.with_parameters(Trial, space=space, data=data, sweep=sweep.path)
+    results = tune.Tuner(
+        tune.with_resources(trial, resources),
+        param_space={"point": tune.grid_search([vars(point) for point in points])},
+        tune_config=tune.TuneConfig(reuse_actors=True),
+        run_config=tune.RunConfig(
+            name=f"search-{time.time_ns()}",
+            storage_path=str(sweep.path / "ray"),
+            callbacks=[_Teller(tell)],
+            verbose=0,
+        ),
+    ).fit()
+    reasons = {str(r.config["point"]): str(r.error) for r in results if r.error and r.config}
+    for point in points:
+        if point.id not in _ended_trajectories(sweep):
+            reason = reasons.get(str(vars(point)), "it ended without a result")
+            tell(
+                {
+                    "event": "trajectory",
+                    "trajectory": point.id,
+                    "penalty": point.penalty,
+                    "seed": point.seed,
+                    "state": "failed",
+                    "reason": reason.strip().splitlines()[-1],
+                    "epochs": 0,
+                    "train_macs": 0,
+                    "seconds": 0.0,
+                    "ratios": {f"{ratio:g}": "failed" for ratio in space.prune_ratios},
+                }
+            )
+
+
+def _ended_trajectories(sweep: Sweep) -> set[str]:
+    """Those that need not run again: they did not fail, and their tickets are whole."""
+    events = sweep.events()
+    lost = set()
+    for event in select(events, "ticket"):
+        try:
+            load_ticket(sweep.path / event["path"])
+        except DamagedTicket:
+            lost.add(event["trajectory"])
+    last = {event["trajectory"]: event["state"] for event in select(events, "trajectory")}
+    return {name for name, state in last.items() if state != "failed"} - lost
+
+
+def _retrain_winners(
+    space: SearchSpace,
+    sweep: Sweep,
+    data: "ray.ObjectRef[DataSet]",
+    workers: int,
+    tell: Callable[[Event], None],
+) -> None:
+    """Choose the winners, then retrain them and the dense reference, but for those that are."""
+    events = sweep.events()
+    tickets = {event["ticket"]: event for event in select(events, "ticket")}
+    found = list(tickets.values())
+    front = cost.pareto_front(
+        [event["proof_accuracy"] for event in found], [event["macs"] for event in found]
+    )
+    winners = [found[place] for place in reversed(front[-space.winners :])]
+    chosen: dict[str, Any] = {"event": "winners", "tickets": [event["ticket"] for event in winners]}
+    if chosen not in events:
+        tell(chosen)
+    jobs = [Job(DENSE, None)] if winners else []
+    jobs += [Job(event["ticket"], sweep.path / event["path"]) for event in winners]
+    done = {event["run"] for event in select(events, "retrained")}
+    if jobs := [job for job in jobs if job.run not in done]:
+        retrain(space, jobs, data, sweep.path, workers, tell)

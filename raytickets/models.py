@@ -1,0 +1,265 @@
+"""Networks by name: two built in for small images, torchvision's, and the user's own."""
+
+import difflib
+import importlib
+import sys
+from collections.abc import Callable
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from raytickets.config import InputError, Network
+
+
+def _family(prefix: str, endings: str) -> list[str]:
+    return [prefix + ending for ending in endings.split()]
+
+
+# Names as text, so that a wrong one is refused without importing torchvision, which takes 5 s.
+TORCHVISION = (
+    *_family("densenet", "121 161 169 201"),
+    *_family("efficientnet_", "b0 b1 b2 b3 b4 b5 b6 b7 v2_l v2_m v2_s"),
+    *_family("mnasnet", "0_5 0_75 1_0 1_3"),
+    *_family("mobilenet_", "v2 v3_large v3_small"),
+    *_family("regnet_x_", "400mf 800mf 1_6gf 3_2gf 8gf 16gf 32gf"),
+    *_family("regnet_y_", "400mf 800mf 1_6gf 3_2gf 8gf 16gf 32gf 128gf"),
+    *_family("resnet", "18 34 50 101 152"),
+    *_family("resnext", "50_32x4d 101_32x8d 101_64x4d"),
+    *_family("vgg", "11_bn 13_bn 16_bn 19_bn"),
+    *_family("wide_resnet", "50_2 101_2"),
+    "googlenet",
+    "inception_v3",
+)
+"""torchvision's classification networks that have BatchNorm2d layers and can be shrunk."""
+
+REFUSED = {
+    **dict.fromkeys(
+        (
+            *_family("convnext_", "base large small tiny"),
+            *_family("squeezenet", "1_0 1_1"),
+            *_family("swin_", "b s t v2_b v2_s v2_t"),
+            *_family("vgg", "11 13 16 19"),
+            *_family("vit_", "b_16 b_32 h_14 l_16 l_32"),
+            "alexnet",
+        ),
+        "it has no BatchNorm2d layer",
+    ),
+    **dict.fromkeys(
+        _family("shufflenet_v2_x", "0_5 1_0 1_5 2_0"),
+        "TODO",
+    ),
+    "maxvit_t": "TODO",
+}
+"""torchvision's other classification networks, and why they cannot be used."""
+
+_VGG_STAGES = {
+    9: (2, 2, 2),
+    11: (1, 1, 2, 2, 2),
+    13: (2, 2, 2, 2, 2),
+    16: (2, 2, 3, 3, 3),
+    19: (2, 2, 4, 4, 4),
+}
+
+
+def build_network(network: Network, *, in_channels: int, num_classes: int, seed: int) -> nn.Module:
+    """The network `network` names, with new weights: float32, on the CPU, in train mode.
+
+    It takes images [batch, in_channels, height, width] and gives logits [batch, num_classes].
+    The same seed gives the same weights, and torch's global random state stays as it was. Only
+    torchvision's networks import torchvision. Raises `InputError` on an unknown name, on a
+    network without BatchNorm2d layers and on options that its builder does not take.
+    """
+    builder = _find_builder(network.name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            built = builder(num_classes=num_classes, in_channels=in_channels, **network.options)
+        except (TypeError, ValueError) as error:
+            options = dict(network.options)
+            raise InputError("network.options", options, f"{network.name}: {error}") from error
+    if not isinstance(built, nn.Module):
+        allowed = f"must return a torch.nn.Module, not {type(built).__name__}"
+        raise InputError("network.name", network.name, allowed)
+    return built.float().train()
+
+
+def check_network(
+    network: Network, *, in_channels: int, num_classes: int, image_size: int
+) -> nn.Module:
+    """Build the network with seed 0 and try two blank images on it; return it in train mode.
+
+    Images are float32 [2, in_channels, image_size, image_size]. Raises `InputError` where
+    `build_network` does, and for a network that has no BatchNorm2d, fails on such images, or
+    does not give logits [2, num_classes].
+    """
+    built = build_network(network, in_channels=in_channels, num_classes=num_classes, seed=0)
+    if not any(isinstance(module, nn.BatchNorm2d) for module in built.modules()):
+        raise InputError("network.name", network.name, "has no BatchNorm2d layer")
+    images = torch.zeros(2, in_channels, image_size, image_size)
+    size = f"{in_channels}x{image_size}x{image_size}"
+    try:
+        with torch.no_grad():
+            logits = built.eval()(images)
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        allowed = f"must take images of {size}, but fails with: {reason}"
+        raise InputError("network.name", network.name, allowed) from error
+    shape = list(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+    if shape != [2, num_classes]:
+        allowed = f"must give [2, {num_classes}] logits for 2 images of {size}, not {shape}"
+        raise InputError("network.name", network.name, allowed)
+    return built.train()
+
+
+def cifar_vgg(
+    *, num_classes: int, in_channels: int, depth: int = 16, width: float = 1.0
+) -> nn.Sequential:
+    """VGG with BatchNorm for small images: Simonyan and Zisserman, arXiv 1409.1556, table 1.
+
+    Depths are 9, 11, 13, 16 and 19, which count the three linear layers of the original; here
+    global average pooling and one linear layer take their place. `width` multiplies the stages'
+    64, 128, 256, 512 and 512 channels. Images must measure 16 pixels, or 4 for depth 9, which
+    has three stages. Raises `ValueError` on another depth or a width that is not above 0.
+    """
+    if depth not in _VGG_STAGES:
+        raise ValueError(f"depth must be one of {', '.join(map(str, _VGG_STAGES))}, not {depth!r}")
+    if not width > 0:
+        raise ValueError(f"width must be above 0, not {width!r}")
+    layers: list[nn.Module] = []
+    channels = in_channels
+    for stage, convs in enumerate(_VGG_STAGES[depth]):
+        if stage:
+            layers.append(nn.MaxPool2d(2))
+        for _ in range(convs):
+            out = max(8, round(width * (64, 128, 256, 512, 512)[stage]))
+            layers += [_conv3x3(channels, out), nn.BatchNorm2d(out), nn.ReLU(inplace=True)]
+            channels = out
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes)]
+    return nn.Sequential(*layers)
+
+
+class _BasicBlock(nn.Module):
+    def __init__(self, in_channels: int, channels: int, stride: int):
+        super().__init__()
+        self.conv1 = _conv3x3(in_channels, channels, stride)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = _conv3x3(channels, channels)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or in_channels != channels:
+            projection = nn.Conv2d(in_channels, channels, 1, stride, bias=False)
+            self.shortcut = nn.Sequential(projection, nn.BatchNorm2d(channels))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        inner = self.relu(self.bn1(self.conv1(images)))
+        return self.relu(self.bn2(self.conv2(inner)) + self.shortcut(images))
+
+
+def cifar_resnet(
+    *, num_classes: int, in_channels: int, depth: int = 20, width: int = 16
+) -> nn.Sequential:
+    """The ResNet for small images of He et al., arXiv 1512.03385, section 4.2.
+
+    Three stages of (depth - 2) / 6 blocks with `width`, 2 and 4 times `width` channels. Where the
+    shape changes the shortcut is a projection (option B of the paper), because the paper's zero
+    padding (option A) would tie channels of different stages to each other by position. Raises
+    `ValueError` on a depth that is not 6n+2 and a width below 1.
+    """
+    if depth < 8 or depth % 6 != 2:
+        raise ValueError(f"depth must be 6n+2, as 8, 14, 20, 32, 44, 56 or 110, not {depth!r}")
+    if not isinstance(width, int) or width < 1:
+        raise ValueError(f"width must be a whole number, at least 1, not {width!r}")
+    layers = [_conv3x3(in_channels, width), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+    channels = width
+    for stage in range(3):
+        for block in range((depth - 2) // 6):
+            stride = 2 if stage and not block else 1
+            layers.append(_BasicBlock(channels, width * 2**stage, stride))
+            channels = width * 2**stage
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes)]
+    return nn.Sequential(*layers)
+
+
+def _conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
+    conv = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    return conv
+
+
+_BUILT_IN: dict[str, Callable[..., nn.Module]] = {
+    "cifar_resnet": cifar_resnet,
+    "cifar_vgg": cifar_vgg,
+}
+
+
+def _find_builder(name: str) -> Callable[..., nn.Module]:
+    """What to call as `builder(num_classes=..., in_channels=..., **options)`."""
+    if ":" in name:
+        return _users_own(name)
+    if name in _BUILT_IN:
+        return _BUILT_IN[name]
+    if name in TORCHVISION:
+        return lambda **options: _torchvision(name, **options)
+    if name in REFUSED:
+        raise InputError("network.name", name, REFUSED[name])
+    near = difflib.get_close_matches(name, [*_BUILT_IN, *TORCHVISION], n=1)
+    hint = f"did you mean {near[0]}?" if near else "there is no such network;"
+    choices = f"{', '.join(_BUILT_IN)}, networks of torchvision with BatchNorm2d"
+    allowed = f"{hint} There are {choices}, and your own as package.module:function"
+    raise InputError("network.name", name, allowed)
+
+
+def _torchvision(name: str, *, num_classes: int, in_channels: int, **options: Any) -> nn.Module:
+    from torchvision.models import get_model
+
+    fixed = {}
+    if name in ("googlenet", "inception_v3"):
+        # Auxiliary heads would make the output a tuple.
+        fixed = {"aux_logits": False, "init_weights": True}
+    built = get_model(name, weights=None, num_classes=num_classes, **fixed, **options)
+    if in_channels != 3:
+        _replace_stem(built, in_channels)
+    return built
+
+
+def _replace_stem(network: nn.Module, in_channels: int):
+    name, old = next((n, m) for n, m in network.named_modules() if isinstance(m, nn.Conv2d))
+    new = nn.Conv2d(
+        in_channels,
+        old.out_channels,
+        old.kernel_size,
+        old.stride,
+        old.padding,
+        bias=old.bias is not None,
+    )
+    parent, _, attribute = name.rpartition(".")
+    setattr(network.get_submodule(parent), attribute, new)
+
+
+def _users_own(name: str) -> Callable[..., nn.Module]:
+    place, _, function = name.rpartition(":")
+    load = _load_file if place.endswith(".py") else importlib.import_module
+    try:
+        module = load(place)
+    except Exception as error:
+        allowed = f"{place} cannot be imported: {type(error).__name__}: {error}"
+        raise InputError("network.name", name, allowed) from error
+    builder = getattr(module, function, None)
+    if not callable(builder):
+        raise InputError("network.name", name, f"{place} has no function {function!r}")
+    return builder
+
+
+def _load_file(path: str) -> ModuleType:
+    name = Path(path).stem
+    loader = SourceFileLoader(name, path)
+    module = ModuleType(name)
+    # Pickle and dataclasses look the module of a class up by its name.
+    sys.modules[name] = module
+    loader.exec_module(module)
+    return module

@@ -1,0 +1,219 @@
+"""Retraining: winning tickets and the dense reference, data-parallel on Ray Train."""
+
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import torch
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer, prepare_model
+from ray.util.queue import Queue
+from torch import nn
+
+from raytickets import cost
+from raytickets.config import InputError, SearchSpace
+from raytickets.data import Batches, DataSet
+from raytickets.journal import Event
+from raytickets.models import build_network
+from raytickets.ticket import load_ticket, save_ticket
+from raytickets.train import SGD, accuracy, learning_rate, seeded, train_epoch
+
+DENSE = "dense"
+"""The run of the dense reference."""
+
+_STATE = "state.pt"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One network to retrain: a ticket's id, or `DENSE` with no path."""
+
+    run: str
+    path: Path | None
+
+
+def worker_count(space: SearchSpace, available: int) -> int:
+    """Workers to retrain with: those the space asks for, or the most that divide a batch.
+
+    `available` counts the CPUs, or the GPUs if the space trains on them. Raises InputError if the
+    space asks for more.
+    """
+    asked, batch = space.retraining.num_workers, space.retraining.batch_size
+    if asked is None:
+        return max(n for n in range(1, max(available, 1) + 1) if batch % n == 0)
+    if asked > available:
+        allowed = f"the cluster has room for {available}"
+        raise InputError("retraining.num_workers", asked, allowed)
+    return asked
+
+
+def retrain(
+    space: SearchSpace,
+    jobs: Sequence[Job],
+    data: "ray.ObjectRef[DataSet]",
+    sweep: Path,
+    num_workers: int,
+    on_event: Callable[[Event], None],
+) -> None:
+    """Retrain the jobs one after the other on one group of Ray Train workers.
+
+    `on_event` hears every epoch, and of each
+    finished network once it is on disk under `sweep/retrained`, on a thread of its own. Raises
+    what Ray Train raises when the workers fail more often than it restarts them.
+    """
+    queue = Queue(actor_options={"num_cpus": 0})
+    listener = threading.Thread(target=_listen, args=(queue, on_event), daemon=True)
+    listener.start()
+    try:
+        TorchTrainer(
+            _train_worker,
+            train_loop_config={
+                "space": space,
+                "jobs": list(jobs),
+                "data": data,
+                "sweep": sweep,
+                "queue": queue,
+            },
+            scaling_config=ScalingConfig(
+                num_workers=num_workers, use_gpu=space.resources.gpus_per_trial > 0
+            ),
+            run_config=RunConfig(
+                name=f"retrain-{jobs[0].run}-{time.time_ns()}",
+                storage_path=str((sweep / "ray").resolve()),
+                checkpoint_config=CheckpointConfig(num_to_keep=2),
+                failure_config=FailureConfig(max_failures=2),
+            ),
+        ).fit()
+    finally:
+        queue.put(None)
+        listener.join()
+        queue.shutdown()
+
+
+def _listen(queue: Queue, on_event: Callable[[Event], None]) -> None:
+    while (event := queue.get()) is not None:
+        on_event(event)
+
+
+def _train_worker(config: dict[str, Any]) -> None:
+    """What each Ray Train worker runs: every job in turn, going on from a checkpoint if any."""
+    dataset = ray.get(config["data"])
+    state = _load_checkpoint()
+    for place, job in enumerate(config["jobs"]):
+        if state is None or place >= state["job"]:
+            here = state if state is not None and place == state["job"] else None
+            _retrain_one(config, job, place, dataset, here)
+
+
+def _retrain_one(
+    config: dict[str, Any],
+    job: Job,
+    place: int,
+    dataset: DataSet,
+    state: dict[str, Any] | None,
+) -> None:
+    space: SearchSpace = config["space"]
+    recipe, started = space.retraining, time.monotonic()
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    network = _starting_network(space, job, dataset)
+    macs, params = cost.macs(network, dataset.example()), cost.params(network)
+    parallel = prepare_model(network)
+    batches = Batches(dataset, space.data, ray.train.torch.get_device())
+    optimizer = SGD(parallel, recipe.momentum, recipe.weight_decay)
+    batch_count = batches.count(recipe.batch_size)
+    if state is not None:
+        network.load_state_dict(state["network"])
+        for velocity, saved in zip(optimizer.velocity, state["velocity"], strict=True):
+            velocity.copy_(saved)
+    first = 0 if state is None else state["epoch"]
+    for epoch in range(first, recipe.epochs):
+        order = seeded("retrain", space.seeds[0], epoch)
+        training = batches.training(recipe.batch_size, order, rank, world)
+        loss = train_epoch(parallel, optimizer, recipe, epoch, training, batch_count)
+        if rank == 0:
+            config["queue"].put(
+                {
+                    "event": "epoch",
+                    "run": job.run,
+                    "epoch": epoch + 1,
+                    "loss": loss,
+                    "validation_accuracy": accuracy(network, batches, "validation"),
+                    "learning_rate": learning_rate(recipe, epoch),
+                }
+            )
+        _report(place, epoch + 1, network, optimizer)
+    if rank == 0:
+        event = {
+            "event": "retrained",
+            "run": job.run,
+            "path": None,
+            "macs": macs,
+            "params": params,
+            "epochs": recipe.epochs,
+            "validation_accuracy": accuracy(network, batches, "validation"),
+            "test_accuracy": accuracy(network, batches, "test"),
+            "train_macs": cost.training_macs(macs, recipe.epochs * batch_count * recipe.batch_size),
+            "seconds": time.monotonic() - started,
+            "num_workers": world,
+        }
+        if job.path is not None:
+            event["path"] = _save_retrained(config["sweep"], job, network, event)
+        config["queue"].put(event)
+
+
+def _starting_network(space: SearchSpace, job: Job, dataset: DataSet) -> nn.Module:
+    if job.path is None:
+        return build_network(
+            space.network,
+            in_channels=dataset.channels,
+            num_classes=len(dataset.classes),
+            seed=space.seeds[0],
+        )
+    ticket = load_ticket(job.path, trust_code=True)
+    if space.retraining.weights == "reinit":
+        return ticket.fresh_network(ticket.manifest["seed"])
+    return ticket.network()
+
+
+def _save_retrained(sweep: Path, job: Job, network: nn.Module, event: Event) -> str:
+    """A ticket again: the same mask with the weights it was retrained to."""
+    assert job.path is not None
+    manifest = dict(load_ticket(job.path).manifest)
+    for name in ("id", "schema", "files"):
+        del manifest[name]
+    manifest["retrained"] = {
+        "from": job.run,
+        "epochs": event["epochs"],
+        "num_workers": event["num_workers"],
+        "validation_accuracy": event["validation_accuracy"],
+        "test_accuracy": event["test_accuracy"],
+    }
+    ticket = save_ticket(sweep / "retrained", network.cpu(), manifest)
+    return str(ticket.path.relative_to(sweep))
+
+
+def _report(job: int, epoch: int, network: nn.Module, optimizer: SGD) -> None:
+    """Tell Ray Train how far all workers are, with a checkpoint to go on from."""
+    metrics = {"job": job, "epoch": epoch}
+    if ray.train.get_context().get_world_rank() > 0:
+        ray.train.report(metrics)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        weights = {"network": network.state_dict(), "velocity": optimizer.velocity}
+        torch.save(metrics | weights, Path(folder) / _STATE)
+        ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder))
+
+
+def _load_checkpoint() -> dict[str, Any] | None:
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        return None
+    with checkpoint.as_directory() as folder:
+        return torch.load(Path(folder) / _STATE, map_location="cpu", weights_only=True)

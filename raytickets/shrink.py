@@ -1,0 +1,368 @@
+"""Channel groups, their scores, and the physically smaller network that a mask describes."""
+
+import copy
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch_pruning
+from torch import Tensor, nn
+
+Axis = Literal["norm", "out", "in"]
+
+
+class UnsupportedNetwork(ValueError):
+    """The network cannot be shrunk, for the reason given."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a channel group holds of one module: `channels[i]` belongs to `owners[i]`.
+
+    `axis` is `norm` for a BatchNorm2d, `out` or `in` for the channels that a Conv2d or Linear
+    writes or reads. Owners are mask channels, counted from 0 in the group. The input of a grouped
+    convolution has no part, since it follows its output.
+    """
+
+    module: str
+    axis: Axis
+    channels: tuple[int, ...]
+    owners: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """Channels that can only be removed together, as `width` mask channels.
+
+    A mask channel is the smallest unit that can be removed: one channel in each of the modules
+    that an add or a depthwise convolution joins, or all channels of one convolution group where a
+    grouped convolution takes part. `name` is the first module, in the network's order, that
+    writes the channels.
+    """
+
+    name: str
+    width: int
+    parts: tuple[Part, ...]
+
+    @property
+    def batchnorms(self) -> tuple[Part, ...]:
+        return tuple(part for part in self.parts if part.axis == "norm")
+
+
+def channel_groups(network: nn.Module, example: Tensor) -> tuple[ChannelGroup, ...]:
+    """The channel groups of a network, in the order of its modules.
+
+    example is one batch of images the network takes, float [N, C, H, W]; the network itself is
+    left as it was. Channels stay out of all groups, and so are never removed, where no
+    BatchNorm2d with a scale covers them, where they are the network's output, and where they
+    reach anything but Conv2d, Linear and BatchNorm2d modules that has a width of its own. Raises
+    `UnsupportedNetwork` if torch-pruning cannot follow the channels or finds none to remove.
+    """
+    # The copy is what tracing leaves in eval mode, and frozen parameters would hide their modules.
+    traced = copy.deepcopy(network).cpu().requires_grad_(True)
+    try:
+        with torch.enable_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            graph = torch_pruning.DependencyGraph().build_dependency(
+                traced, example[:1].cpu(), forward_fn=lambda model, images: model(images)
+            )
+            flows = _trace_flows(traced, graph)
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UnsupportedNetwork(f"torch-pruning cannot trace it: {reason}") from error
+    groups = _join_flows(traced, flows)
+    if not groups:
+        raise UnsupportedNetwork("no BatchNorm2d covers channels that could be removed")
+    return groups
+
+
+def gammas(network: nn.Module) -> Tensor:
+    """abs(gamma) of every BatchNorm2d that has a scale, in module order.
+
+    Float32 [sum of their widths], detached, on the network's device: what the rule of You et al.
+    2020 (arXiv 1909.11957, section 3.2) sorts.
+    """
+    return torch.cat([norm.weight.detach().abs() for _, norm in _batchnorms(network)]).float()
+
+
+def scorer(network: nn.Module, groups: Sequence[ChannelGroup]) -> Callable[[], Tensor]:
+    """A function of no arguments that gives `scores(network, groups)` as of its call.
+
+    What depends on the groups only is worked out here, so that a call costs one copy from the
+    device and one indexed sum.
+    """
+    starts, start = {}, 0
+    for name, norm in _batchnorms(network):
+        starts[name] = start
+        start += norm.num_features
+    sources, owners, offset = [], [], 0
+    for group in groups:
+        for part in group.batchnorms:
+            sources += [starts[part.module] + channel for channel in part.channels]
+            owners += [offset + owner for owner in part.owners]
+        offset += group.width
+    source, owner = torch.tensor(sources), torch.tensor(owners)
+    counts = owner.bincount(minlength=offset)
+
+    def score() -> Tensor:
+        return torch.zeros(offset).index_add_(0, owner, gammas(network).cpu()[source]) / counts
+
+    return score
+
+
+def scores(network: nn.Module, groups: Sequence[ChannelGroup]) -> Tensor:
+    """Each mask channel's mean abs(gamma) over its BatchNorm channels.
+
+    Float32 [sum of group widths] on the CPU, groups in the order given.
+    """
+    return scorer(network, groups)()
+
+
+def mask_network(network: nn.Module, groups: Sequence[ChannelGroup], mask: Tensor):
+    """Set gamma and beta of the dropped channels to 0, in place, so that they are exactly 0.
+
+    mask is bool [sum of group widths], True for a kept channel. Raises `ValueError` on another
+    shape or dtype.
+    """
+    with torch.no_grad():
+        for group, kept in zip(groups, _split(mask, groups), strict=True):
+            for part in group.batchnorms:
+                norm = network.get_submodule(part.module)
+                dropped = torch.tensor(_dropped(part, kept), dtype=torch.long)
+                norm.weight[dropped] = 0
+                norm.bias[dropped] = 0
+
+
+def shrink(network: nn.Module, groups: Sequence[ChannelGroup], mask: Tensor) -> nn.Module:
+    """A smaller copy of the network, with the weights of the channels that the mask keeps.
+
+    mask is bool [sum of group widths], True for a kept channel. Mode, device, dtype and each
+    parameter's requires_grad are those of the network, which is left as it was; gradients are not
+    copied. Groups of another network of the same architecture do as well. Raises `ValueError` on
+    a mask of another shape or dtype and on one that keeps nothing of a group.
+    """
+    removals: dict[tuple[str, Axis], list[int]] = defaultdict(list)
+    for group, kept in zip(groups, _split(mask, groups), strict=True):
+        if not kept.any():
+            raise ValueError(f"the mask keeps no channel of group {group.name}")
+        for part in group.parts:
+            removals[part.module, part.axis] += _dropped(part, kept)
+    small = copy.deepcopy(network)
+    small.zero_grad()
+    for (name, axis), channels in removals.items():
+        _remove(small.get_submodule(name), axis, channels)
+    return small
+
+
+def check_prunable(network: nn.Module, groups: Sequence[ChannelGroup], example: Tensor):
+    """Try once that masked and shrunk agree, in float64 with random BatchNorms and a random mask.
+
+    example is one batch of images the network takes, float [N, C, H, W]. The network and torch's
+    random state are left as they were. Raises `UnsupportedNetwork` if the shrunk network fails or
+    its outputs differ by over 1e-9 of the largest.
+    """
+    masked = copy.deepcopy(network).cpu().double().eval()
+    images = example.cpu().double()
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        for _, norm in _batchnorms(masked):
+            norm.weight.uniform_(0.5, 1.5)
+            # Fresh BatchNorms have beta 0 and mean 0, which would hide a channel in the wrong place.
+            norm.bias.uniform_(-0.5, 0.5)
+            if norm.running_mean is not None and norm.running_var is not None:
+                norm.running_mean.uniform_(-0.5, 0.5)
+                norm.running_var.uniform_(0.5, 1.5)
+        pieces = [torch.rand(group.width) for group in groups]
+        mask = torch.cat([(piece > 0.5) | (piece == piece.max()) for piece in pieces])
+        try:
+            shrunk = shrink(masked, groups, mask)(images)
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise UnsupportedNetwork(f"it fails once shrunk: {reason}") from error
+        mask_network(masked, groups, mask)
+        expected = masked(images)
+    if shrunk.shape != expected.shape:
+        raise UnsupportedNetwork("its output has another shape once shrunk")
+    error = ((shrunk - expected).abs().max() / expected.abs().max()).item()
+    if not error <= 1e-9:
+        raise UnsupportedNetwork(f"its outputs differ by {error:.1g} of the largest once shrunk")
+
+
+def _batchnorms(network: nn.Module) -> list[tuple[str, nn.BatchNorm2d]]:
+    return [
+        (name, module)
+        for name, module in network.named_modules()
+        if isinstance(module, nn.BatchNorm2d) and module.affine
+    ]
+
+
+def _split(mask: Tensor, groups: Sequence[ChannelGroup]) -> tuple[Tensor, ...]:
+    widths = [group.width for group in groups]
+    if mask.dtype != torch.bool or mask.shape != (sum(widths),):
+        raise ValueError(
+            f"the mask must be bool [{sum(widths)}], not {mask.dtype} {list(mask.shape)}"
+        )
+    return mask.cpu().split(widths)
+
+
+def _dropped(part: Part, kept: Tensor) -> list[int]:
+    keep = kept.tolist()
+    return [c for c, owner in zip(part.channels, part.owners, strict=True) if not keep[owner]]
+
+
+def _remove(module: nn.Module, axis: Axis, channels: Iterable[int]):
+    assert isinstance(module, nn.BatchNorm2d | nn.Conv2d | nn.Linear)
+    dim = 1 if axis == "in" else 0
+    gone = set(channels)
+    keep = [c for c in range(module.weight.shape[dim]) if c not in gone]
+    index = torch.tensor(keep, device=module.weight.device)
+    names = ["weight"] if axis == "in" else ["weight", "bias", "running_mean", "running_var"]
+    for name in names:
+        old = getattr(module, name, None)
+        if old is None:
+            continue
+        new = old.detach().index_select(dim, index)
+        if isinstance(old, nn.Parameter):
+            new = nn.Parameter(new, requires_grad=old.requires_grad)
+        setattr(module, name, new)
+    if isinstance(module, nn.BatchNorm2d):
+        module.num_features = len(keep)
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    else:
+        if axis == "out":
+            module.groups = max(1, module.groups * len(keep) // module.out_channels)
+        module.out_channels = module.weight.shape[0]
+        module.in_channels = module.weight.shape[1] * module.groups
+
+
+@dataclass(frozen=True)
+class _Flow:
+    """One set of channels as torch-pruning follows it through the network, from `root` on."""
+
+    root: str
+    width: int
+    parts: tuple[Part, ...]
+    prunable: bool
+
+
+def _trace_flows(network: nn.Module, graph: torch_pruning.DependencyGraph) -> list[_Flow]:
+    names = {module: name for name, module in network.named_modules()}
+    flows, written = [], set()
+    for module in network.modules():
+        if module not in graph.module2node or module in written:
+            continue
+        if not isinstance(module, nn.Conv2d | nn.Linear):
+            continue
+        width = module.weight.shape[0]
+        handler = graph.get_pruner_of_module(module).prune_out_channels
+        parts, prunable = [], True
+        for item in graph.get_pruning_group(module, handler, range(width)):
+            node, target = item.dep.target, item.dep.target.module
+            writes = graph.is_out_channel_pruning_fn(item.dep.handler)
+            if writes:
+                written.add(target)
+            if writes and not node.outputs:
+                prunable = False
+            if target in names:
+                axis = _axis(target, writes)
+                if axis is None:
+                    prunable = False
+                else:
+                    channels, owners = tuple(item.idxs), tuple(item.root_idxs)
+                    parts.append(Part(names[target], axis, channels, owners))
+            elif isinstance(target, nn.Parameter):
+                prunable = False
+        flows.append(_Flow(names[module], width, tuple(parts), prunable))
+    return flows
+
+
+def _axis(module: nn.Module, writes: bool) -> Axis | None:
+    """Which part of a module a flow holds; None where it cannot be removed exactly."""
+    if isinstance(module, nn.BatchNorm2d) and module.affine:
+        return "norm"
+    if isinstance(module, nn.Conv2d | nn.Linear):
+        return "out" if writes else "in"
+    return None
+
+
+class _DisjointSets:
+    """Sets of the numbers below `count`; the smallest member stands for its set."""
+
+    def __init__(self, count: int):
+        self._parents = list(range(count))
+
+    def find(self, member: int) -> int:
+        while self._parents[member] != member:
+            self._parents[member] = self._parents[self._parents[member]]
+            member = self._parents[member]
+        return member
+
+    def join(self, members: Iterable[int]):
+        tops = sorted({self.find(member) for member in members})
+        for top in tops[1:]:
+            self._parents[top] = tops[0]
+
+
+def _join_flows(network: nn.Module, flows: Sequence[_Flow]) -> tuple[ChannelGroup, ...]:
+    """Channel groups out of flows, joined where they hold the same channel or convolution group.
+
+    Every channel of every flow is a number; those that can only go together form one set, which
+    is a mask channel. Flows that share a mask channel form one channel group.
+    """
+    flow_of = [index for index, flow in enumerate(flows) for _ in range(flow.width)]
+    channels, blocked = _DisjointSets(len(flow_of)), set()
+    holders: dict[tuple[str, Axis, int], int] = {}
+    start = 0
+    for index, flow in enumerate(flows):
+        if not flow.prunable:
+            blocked.add(index)
+        for part in flow.parts:
+            for channel, owner in zip(part.channels, part.owners, strict=True):
+                key = (part.module, part.axis, channel)
+                channels.join((start + owner, holders.setdefault(key, start + owner)))
+        start += flow.width
+
+    for name, conv in network.named_modules():
+        # torch-pruning already takes input and output as one where each channel is a group.
+        if not isinstance(conv, nn.Conv2d) or conv.groups in (1, conv.out_channels):
+            continue
+        reads, writes = conv.in_channels // conv.groups, conv.out_channels // conv.groups
+        for group in range(conv.groups):
+            keys = [(name, "in", group * reads + i) for i in range(reads)]
+            keys += [(name, "out", group * writes + i) for i in range(writes)]
+            held = [holders[key] for key in keys if key in holders]
+            channels.join(held)
+            if len(held) < len(keys):
+                blocked.update(flow_of[channel] for channel in held)
+
+    joined = _DisjointSets(len(flows))
+    for channel, index in enumerate(flow_of):
+        joined.join((index, flow_of[channels.find(channel)]))
+    blocked = {joined.find(index) for index in blocked}
+
+    owners: dict[int, dict[int, int]] = defaultdict(dict)
+    for channel, index in enumerate(flow_of):
+        numbers = owners[joined.find(index)]
+        numbers.setdefault(channels.find(channel), len(numbers))
+    parts: dict[int, dict[tuple[str, Axis], list[tuple[int, int]]]]
+    parts = defaultdict(lambda: defaultdict(list))
+    for (name, axis, place), channel in holders.items():
+        index = joined.find(flow_of[channel])
+        parts[index][name, axis].append((place, owners[index][channels.find(channel)]))
+
+    groups = []
+    for index, numbers in owners.items():
+        covered = {o for (_, axis), held in parts[index].items() for _, o in held if axis == "norm"}
+        if index in blocked or len(covered) < len(numbers):
+            continue
+        members = tuple(
+            Part(name, axis, *zip(*held, strict=True))
+            for (name, axis), held in parts[index].items()
+            if axis != "in" or getattr(network.get_submodule(name), "groups", 1) == 1
+        )
+        groups.append(ChannelGroup(flows[index].root, len(numbers), members))
+    return tuple(groups)

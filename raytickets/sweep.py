@@ -1,0 +1,104 @@
+"""A sweep on disk: its folder, its journal and the report made from them."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raytickets.config import InputError, SearchSpace
+from raytickets.journal import Event, read_journal
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Everything one `raytickets search` found, in one folder.
+
+    The folder holds `journal.jsonl`, `tickets/<id>/`, `retrained/<id>/` and Ray's own files.
+    """
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    def events(self) -> list[Event]:
+        """The journal, oldest first; InputError if the folder holds none."""
+        try:
+            return read_journal(self.path)
+        except OSError as error:
+            allowed = "must be the folder of a sweep, which holds journal.jsonl"
+            raise InputError("sweep", str(self.path), allowed) from error
+
+    def space(self) -> SearchSpace:
+        """The search space as it was when the sweep began."""
+        return SearchSpace.from_dict(first(self.events(), "sweep")["space"])
+
+    def report(self) -> dict[str, Any]:
+        """What was found and what it cost, as plain JSON values.
+
+        `name`, `space`, `state` (done, failed or unfinished), `dense` and `winners` (rows),
+        `tickets` (every `ticket` event), `trajectories` (every `trajectory` event), `search_macs`
+        (training of all trajectories and proofs), `sweep_cost` (all training of the sweep, without
+        the reference's own, relative to the reference's). A row has `run`, `penalty`,
+        `prune_ratio`, `seed`, `draw_epoch`, `macs`, `params`, `proof_accuracy`,
+        `validation_accuracy`, `test_accuracy`, `train_macs` (its own retraining) and
+        `relative_cost`: its retraining and an equal share of the whole search, relative to the
+        reference's training. What is not known yet is null.
+        """
+        events = self.events()
+        opening = first(events, "sweep")
+        tickets = {e["ticket"]: e for e in select(events, "ticket")}
+        trajectories = {e["trajectory"]: e for e in select(events, "trajectory")}
+        retrained = {e["run"]: e for e in select(events, "retrained")}
+        winners = [id for e in select(events, "winners")[-1:] for id in e["tickets"]]
+        endings = select(events, "end")
+
+        search_macs = sum(e["train_macs"] for e in trajectories.values())
+        search_macs += sum(e["proof_macs"] for e in tickets.values())
+        dense_macs = retrained.get("dense", {}).get("train_macs")
+
+        def row(run: str) -> dict[str, Any]:
+            done, ticket = retrained.get(run, {}), tickets.get(run, {})
+            share = 0 if run == "dense" else search_macs / len(winners)
+            spent = done.get("train_macs")
+            known = spent is not None and dense_macs is not None
+            return {
+                "run": run,
+                **{
+                    name: ticket.get(name)
+                    for name in ("penalty", "prune_ratio", "seed", "draw_epoch", "proof_accuracy")
+                },
+                "macs": ticket.get("macs", opening["dense"]["macs"]),
+                "params": ticket.get("params", opening["dense"]["params"]),
+                "validation_accuracy": done.get("validation_accuracy"),
+                "test_accuracy": done.get("test_accuracy"),
+                "train_macs": spent,
+                "relative_cost": (spent + share) / dense_macs if known else None,
+            }
+
+        own = [e["train_macs"] for run, e in retrained.items() if run in winners]
+        return {
+            "name": opening["name"],
+            "space": opening["space"]["name"],
+            "state": endings[-1]["state"] if endings else "unfinished",
+            "dense": row("dense"),
+            "winners": [row(run) for run in winners],
+            "tickets": list(tickets.values()),
+            "trajectories": list(trajectories.values()),
+            "search_macs": search_macs,
+            "sweep_cost": (search_macs + sum(own)) / dense_macs if dense_macs else None,
+        }
+
+
+def select(events: Iterable[Event], kind: str) -> list[Event]:
+    """The events of one kind, in order."""
+    return [event for event in events if event["event"] == kind]
+
+
+def first(events: Iterable[Event], kind: str) -> Event:
+    """The first event of one kind; InputError if there is none."""
+    for event in events:
+        if event["event"] == kind:
+            return event
+    raise InputError("sweep", kind, "the journal has no such event")

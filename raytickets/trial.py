@@ -1,0 +1,37 @@
+"""A trajectory as a Ray Tune trial."""
+
+import contextlib
+from pathlib import Path
+
+import ray
+import torch
+from ray import tune
+
+from raytickets.config import SearchSpace
+from raytickets.data import DataSet
+from raytickets.trajectory import Point, run_trajectory
+
+
+class Trial(tune.Trainable):
+    """Reports the events of one check at a time; a worker goes on to the next trial in place."""
+
+    def setup(
+        self, config: dict, space: SearchSpace, data: "ray.ObjectRef[DataSet]", sweep: Path
+    ) -> None:
+        self._space, self._dataset, self._sweep = space, ray.get(data), sweep
+        torch.set_num_threads(space.resources.cpus_per_trial)
+        self.reset_config(config)
+
+    def reset_config(self, new_config: dict) -> bool:
+        point = Point(**new_config["point"])
+        device = "cuda" if self._space.resources.gpus_per_trial else "cpu"
+        self._events = run_trajectory(self._space, point, self._dataset, self._sweep, device)
+        return True
+
+    def step(self) -> dict:
+        events = next(self._events)
+        return {"events": events, "done": events[-1]["event"] == "trajectory"}
+
+    def cleanup(self) -> None:
+        with contextlib.suppress(AttributeError):
+            self._events.close()

@@ -1,0 +1,408 @@
+import json
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from raytickets.config import Data, InputError, Network, Retraining, SearchSpace, Training
+from raytickets.journal import Event
+from raytickets.tracking import Tracker, prepare_store, resolve_uri, ui_command
+
+SPACE = SearchSpace(
+    name="digits",
+    network=Network("cifar_vgg", {"width": 8}),
+    data=Data(),
+    penalties=(1e-4, 1e-3),
+    prune_ratios=(0.3, 0.5),
+    training=Training(epochs=6),
+    retraining=Retraining(epochs=3, learning_rate=0.05),
+)
+LOW, HIGH = "penalty0.0001-seed0", "penalty0.001-seed0"
+TICKETS = ("aaaa", "bbbb", "cccc")
+
+
+def check(trajectory: str, epoch: int, distances: dict[str, float | None]) -> Event:
+    return {
+        "event": "check",
+        "trajectory": trajectory,
+        "check": epoch,
+        "epoch": epoch,
+        "loss": 2 / epoch,
+        "validation_accuracy": 0.9 - 0.3 / epoch,
+        "distances": distances,
+        "train_macs": epoch * 3_000_000,
+        "seconds": epoch * 1.5,
+    }
+
+
+def ticket(folder: Path, key: str, penalty: float, ratio: float, epoch: int) -> Event:
+    path = folder / "tickets" / key
+    path.mkdir(parents=True)
+    (path / "ticket.safetensors").write_bytes(b"weights of " + key.encode())
+    (path / "manifest.json").write_text(json.dumps({"id": key}))
+    return {
+        "event": "ticket",
+        "trajectory": f"penalty{penalty:g}-seed0",
+        "ticket": key,
+        "path": f"tickets/{key}",
+        "penalty": penalty,
+        "prune_ratio": ratio,
+        "learning_rate": 0.1,
+        "seed": 0,
+        "rule": "corrected",
+        "draw_check": epoch,
+        "draw_epoch": epoch,
+        "mask_distance": 0.15,
+        "macs": int(1e6 * (1 - ratio) ** 2),
+        "params": int(1e4 * (1 - ratio)),
+        "kept": {
+            "features.0": [int(8 * (1 - ratio)), 8],
+            "features.3": [int(16 * (1 - ratio)), 16],
+        },
+        "proof_accuracy": 0.9 - ratio / 5,
+        "proof_macs": 2_000_000,
+    }
+
+
+def ended(trajectory: str, penalty: float, state: str, epochs: int) -> Event:
+    return {
+        "event": "trajectory",
+        "trajectory": trajectory,
+        "penalty": penalty,
+        "seed": 0,
+        "state": state,
+        "reason": "the loss was nan in epoch 6" if state == "diverged" else "",
+        "epochs": epochs,
+        "train_macs": epochs * 3_000_000,
+        "seconds": epochs * 1.5,
+        "ratios": {"0.3": "drawn", "0.5": state},
+    }
+
+
+def retraining(run: str, macs: int, test_accuracy: float) -> list[Event]:
+    epochs: list[Event] = [
+        {
+            "event": "epoch",
+            "run": run,
+            "epoch": epoch,
+            "loss": 1 / epoch,
+            "validation_accuracy": 0.8 + epoch / 50,
+            "learning_rate": 0.05 / epoch,
+        }
+        for epoch in (1, 2, 3)
+    ]
+    done: Event = {
+        "event": "retrained",
+        "run": run,
+        "path": f"retrained/{run}",
+        "macs": macs,
+        "params": 5000,
+        "epochs": 3,
+        "validation_accuracy": 0.86,
+        "test_accuracy": test_accuracy,
+        "train_macs": 9 * macs,
+        "seconds": 12.5,
+        "num_workers": 1,
+    }
+    return [*epochs, done]
+
+
+def sweep_events(folder: Path) -> list[Event]:
+    """Two trajectories, the second of which diverges after its first ticket; two winners."""
+    sweep: Event = {
+        "event": "sweep",
+        "name": folder.name,
+        "space": SPACE.as_dict(),
+        "fingerprint": SPACE.fingerprint,
+        "channels": 24,
+        "dense": {"macs": 1_000_000, "params": 10_000},
+        "data": {"fingerprint": "d1", "train": 1258, "validation": 180, "test": 359},
+        "versions": {"torch": "2.12.0"},
+    }
+    return [
+        sweep,
+        *(check(LOW, epoch, {"0.3": None, "0.5": None}) for epoch in range(1, 5)),
+        check(HIGH, 1, {"0.3": None, "0.5": None}),
+        check(LOW, 5, {"0.3": 0.15, "0.5": 0.4}),
+        ticket(folder, "aaaa", 1e-4, 0.3, 5),
+        check(LOW, 6, {"0.3": 0.1, "0.5": 0.15}),
+        ticket(folder, "bbbb", 1e-4, 0.5, 6),
+        ended(LOW, 1e-4, "drawn", 6),
+        *(check(HIGH, epoch, {"0.3": None, "0.5": None}) for epoch in (2, 3, 4)),
+        check(HIGH, 5, {"0.3": 0.15, "0.5": 0.9}),
+        ticket(folder, "cccc", 1e-3, 0.3, 5),
+        ended(HIGH, 1e-3, "diverged", 6),
+        {"event": "winners", "tickets": ["aaaa", "bbbb"]},
+        *retraining("aaaa", 490_000, 0.95),
+        *retraining("bbbb", 250_000, 0.93),
+        *retraining("dense", 1_000_000, 0.96),
+        {"event": "end", "state": "done", "reason": ""},
+    ]
+
+
+def track(uri: str, folder: Path, events: list[Event]) -> str | None:
+    tracker = Tracker(uri, folder)
+    for event in events:
+        tracker.write(event)
+    return tracker.close()
+
+
+def runs_of(client: MlflowClient, folder: Path) -> dict[str, Run]:
+    experiment = client.get_experiment_by_name("raytickets/digits")
+    assert experiment is not None
+    found = client.search_runs(
+        [experiment.experiment_id], f"tags.`raytickets.sweep` = '{folder.name}'"
+    )
+    assert len({run.data.tags["raytickets.run"] for run in found}) == len(found)
+    return {run.data.tags["raytickets.run"]: run for run in found}
+
+
+def history(client: MlflowClient, run: Run, metric: str) -> list[tuple[int, float]]:
+    points = client.get_metric_history(run.info.run_id, metric)
+    return [(point.step, point.value) for point in points]
+
+
+def artifacts(client: MlflowClient, run: Run, folder: str | None = None) -> set[str]:
+    return {file.path for file in client.list_artifacts(run.info.run_id, folder)}
+
+
+def table(client: MlflowClient, run: Run) -> list[dict[str, Any]]:
+    """What the UI shows as a table, by MLflow's own marks."""
+    marks = json.loads(run.data.tags["mlflow.loggedArtifacts"])
+    assert marks == [{"path": "tickets.json", "type": "table"}]
+    path = client.download_artifacts(run.info.run_id, "tickets.json")
+    content = json.loads(Path(path).read_text())
+    return [dict(zip(content["columns"], row, strict=True)) for row in content["data"]]
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    store = f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"
+    prepare_store(store)
+    return store
+
+
+@pytest.fixture(scope="module")
+def client(uri: str) -> MlflowClient:
+    return MlflowClient(uri)
+
+
+@pytest.fixture(scope="module")
+def tracked(
+    uri: str, client: MlflowClient, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[Event], dict[str, Run]]:
+    folder = tmp_path_factory.mktemp("whole")
+    events = sweep_events(folder)
+    assert track(uri, folder, events) is None
+    return folder, events, runs_of(client, folder)
+
+
+def test_runs_are_nested_named_and_ended(tracked: Any):
+    folder, _, runs = tracked
+    parents = {run.info.run_id: key for key, run in runs.items()}
+    tree = {key: parents.get(run.data.tags.get("mlflow.parentRunId")) for key, run in runs.items()}
+    assert tree == {
+        "sweep": None,
+        LOW: "sweep",
+        HIGH: "sweep",
+        "aaaa": LOW,
+        "bbbb": LOW,
+        "cccc": HIGH,
+        "dense": "sweep",
+    }
+    assert runs["sweep"].info.run_name == folder.name
+    assert runs["bbbb"].info.run_name == f"{LOW}-ratio0.5"
+    kinds = {key: run.data.tags["raytickets.kind"] for key, run in runs.items()}
+    assert kinds == {
+        "sweep": "sweep",
+        LOW: "trajectory",
+        HIGH: "trajectory",
+        **dict.fromkeys(TICKETS, "ticket"),
+        "dense": "dense",
+    }
+    statuses = {key: run.info.status for key, run in runs.items()}
+    assert statuses.pop(HIGH) == "FAILED"
+    assert set(statuses.values()) == {"FINISHED"}
+    assert runs[HIGH].data.tags["raytickets.state"] == "diverged"
+    assert runs[HIGH].data.tags["mlflow.note.content"] == "the loss was nan in epoch 6"
+
+
+def test_params(tracked: Any):
+    _, _, runs = tracked
+    sweep = runs["sweep"].data.params
+    assert sweep["penalties"] == "[0.0001, 0.001]"
+    assert sweep["training.epochs"] == "6"
+    assert sweep["network.options.width"] == "8"
+    assert sweep["fingerprint"] == SPACE.fingerprint
+    assert sweep["data.train"] == "1258"
+    assert sweep["data.source"] == "digits"
+    assert sweep["dense.macs"] == "1000000"
+    assert sweep["versions.torch"] == "2.12.0"
+    assert runs[LOW].data.params == {"penalty": "0.0001", "seed": "0", "learning_rate": "0.1"}
+    assert runs["bbbb"].data.params == {
+        "penalty": "0.0001",
+        "prune_ratio": "0.5",
+        "learning_rate": "0.1",
+        "seed": "0",
+        "stop_rule": "corrected",
+        "network": "cifar_vgg",
+    }
+
+
+def test_metrics_and_their_steps(tracked: Any, client: MlflowClient):
+    _, _, runs = tracked
+    assert history(client, runs[LOW], "loss") == [(e, 2 / e) for e in range(1, 7)]
+    assert history(client, runs[LOW], "mask_distance_0.5") == [(5, 0.4), (6, 0.15)]
+    assert history(client, runs[LOW], "train_macs")[-1] == (6, 18_000_000)
+    ticket = runs["bbbb"].data.metrics
+    expected = {"proof_accuracy": 0.8, "proof_macs": 2e6, "macs": 250_000, "mask_distance": 0.15}
+    assert {key: ticket[key] for key in expected} == expected
+    assert (ticket["draw_epoch"], ticket["test_accuracy"], ticket["train_macs"]) == (
+        6,
+        0.93,
+        2.25e6,
+    )
+    assert [step for step, _ in history(client, runs["bbbb"], "validation_accuracy")] == [1, 2, 3]
+    assert "test_accuracy" not in runs["cccc"].data.metrics
+    assert runs["dense"].data.metrics["test_accuracy"] == 0.96
+    assert [step for step, _ in history(client, runs["dense"], "learning_rate")] == [1, 2, 3]
+    totals = runs["sweep"].data.metrics
+    assert (totals["tickets"], totals["winners"], totals["best_test_accuracy"]) == (3, 2, 0.95)
+
+
+def test_artifacts(tracked: Any, client: MlflowClient, tmp_path: Path):
+    folder, _, runs = tracked
+    assert artifacts(client, runs["sweep"]) == {"tickets.json", "accuracy_against_macs.png"}
+    assert artifacts(client, runs[HIGH]) == {"mask_distance.png"}
+    assert artifacts(client, runs["aaaa"]) == {"ticket", "mask_distance.png", "kept_channels.png"}
+    path = client.download_artifacts(runs["aaaa"].info.run_id, "ticket", str(tmp_path))
+    weights = (Path(path) / "ticket.safetensors").read_bytes()
+    assert weights == (folder / "tickets/aaaa/ticket.safetensors").read_bytes()
+    rows = table(client, runs["sweep"])
+    assert [row["ticket"] for row in rows] == list(TICKETS)
+    assert [row["test_accuracy"] for row in rows] == [0.95, 0.93, None]
+    assert rows[1]["share_of_dense_macs"] == 0.25
+
+
+def test_artifacts_lie_beside_the_database(tracked: Any, uri: str):
+    _, _, runs = tracked
+    beside = (Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts").as_uri()
+    assert runs["sweep"].info.artifact_uri.startswith(beside)
+
+
+def test_replaying_a_journal_doubles_nothing(tracked: Any, uri: str, client: MlflowClient):
+    folder, events, before = tracked
+    assert track(uri, folder, events) is None
+    after = runs_of(client, folder)
+    assert after.keys() == before.keys()
+    for key, run in after.items():
+        assert run.info.end_time == before[key].info.end_time
+        assert run.data.to_dictionary() == before[key].data.to_dictionary()
+        for metric in run.data.metrics:
+            points = [(p.step, p.value) for p in client.get_metric_history(run.info.run_id, metric)]
+            assert len(set(points)) == len(points)
+    assert len(table(client, after["sweep"])) == len(TICKETS)
+
+
+def test_a_sweep_goes_on_where_its_driver_died(uri: str, client: MlflowClient, tmp_path: Path):
+    events = sweep_events(tmp_path)
+    cut = next(i for i, event in enumerate(events) if event.get("ticket") == "bbbb")
+    assert track(uri, tmp_path, events[:cut]) is None
+    first = runs_of(client, tmp_path)
+    assert first["sweep"].info.status == first[LOW].info.status == "RUNNING"
+    interrupted: Event = {"event": "end", "state": "failed", "reason": "interrupted"}
+    assert track(uri, tmp_path, [*events[:cut], interrupted]) is None
+    second = runs_of(client, tmp_path)
+    assert (second["sweep"].info.status, second[LOW].info.status) == ("FAILED", "KILLED")
+    assert "interrupted" in second["sweep"].data.tags["mlflow.note.content"]
+    assert track(uri, tmp_path, [*events[:cut], interrupted, *events[cut:]]) is None
+    third = runs_of(client, tmp_path)
+    assert {key: third[key].info.run_id for key in first} == {
+        key: run.info.run_id for key, run in first.items()
+    }
+    assert (third["sweep"].info.status, third[LOW].info.status) == ("FINISHED", "FINISHED")
+    assert history(client, third[LOW], "loss") == [(e, 2 / e) for e in range(1, 7)]
+
+
+def test_a_name_used_again_is_another_sweep(uri: str, client: MlflowClient, tmp_path: Path):
+    for parent in ("one", "two"):
+        folder = tmp_path / parent / "same-name"
+        folder.mkdir(parents=True)
+        assert track(uri, folder, sweep_events(folder)[:3]) is None
+    filtered = "tags.`raytickets.sweep` = 'same-name' and tags.`raytickets.kind` = 'sweep'"
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    assert len(client.search_runs(experiments, filtered)) == 2
+
+
+def closed_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_a_dead_server_neither_blocks_nor_fails_the_sweep(tmp_path: Path):
+    events = sweep_events(tmp_path)
+    tracker = Tracker(f"http://127.0.0.1:{closed_port()}", tmp_path)
+    for event in events:
+        started = time.monotonic()
+        tracker.write(event)
+        assert time.monotonic() - started < 0.05
+    started = time.monotonic()
+    owed = tracker.close()
+    assert time.monotonic() - started < 10
+    assert owed is not None
+    assert owed.startswith(f"{len(events)} events did not reach MLflow: ")
+    assert "refused" in owed
+
+
+def test_events_wait_for_a_store_that_comes_back(
+    uri: str, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    calls = iter([ConnectionError("gone"), ConnectionError("gone")])
+    create_run = MlflowClient.create_run
+
+    def flaky(self: MlflowClient, *args: Any, **kwargs: Any) -> Run:
+        run = create_run(self, *args, **kwargs)
+        for error in calls:  # The run was created, but the answer was lost.
+            raise error
+        return run
+
+    monkeypatch.setattr(MlflowClient, "create_run", flaky)
+    assert track(uri, tmp_path, sweep_events(tmp_path)[:6]) is None
+    assert set(runs_of(client, tmp_path)) == {"sweep", LOW, HIGH}
+
+
+def test_resolve_uri(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert resolve_uri() == f"sqlite:///{tmp_path}/mlflow.db"
+    assert resolve_uri("sqlite:///runs/a.db") == f"sqlite:///{tmp_path}/runs/a.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host:5000")
+    assert resolve_uri() == "http://host:5000"
+    assert resolve_uri("sqlite:////a.db") == "sqlite:////a.db"
+
+
+def test_ui_command():
+    assert ui_command("http://host:5000") == "http://host:5000"
+    assert ui_command("sqlite:////a b/m.db").endswith("--backend-store-uri 'sqlite:////a b/m.db'")
+
+
+def test_prepare_store_names_what_cannot_be_used(tmp_path: Path):
+    (tmp_path / "file").write_text("not a database")
+    for uri in (
+        f"sqlite:///{tmp_path}/file/mlflow.db",
+        f"sqlite:///{tmp_path}/file",
+        "sqlite://",
+        "ftp://host",
+        str(tmp_path / "mlruns"),
+        f"http://127.0.0.1:{closed_port()}",
+    ):
+        started = time.monotonic()
+        with pytest.raises(InputError, match="tracking_uri: ") as caught:
+            prepare_store(uri)
+        assert time.monotonic() - started < 5
+        assert "\n" not in str(caught.value)
