@@ -186,9 +186,7 @@ def _ticket(given: str) -> Path:
     path = Path(given)
     if path.is_dir():
         return path
-    found = sorted(STORAGE.glob(f"*/tickets/{given}")) + sorted(
-        STORAGE.glob(f"*/retrained/{given}")
-    )
+    found = [*STORAGE.glob(f"*/tickets/{given}"), *STORAGE.glob(f"*/retrained/{given}")]
     if not found:
         raise InputError("ticket", given, "must be a ticket's folder, or an id under ./sweeps")
     return found[0]

@@ -2,10 +2,15 @@
 
 import math
 from collections.abc import Sequence
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+
+# PyTorch wraps its counter so that the first use imports torch._dynamo, 4 s in every worker, only
+# to keep the counter out of compiled code, of which there is none here.
+with mock.patch.object(torch, "_disable_dynamo", lambda function, **_: function):
+    from torch.utils.flop_counter import FlopCounterMode
 
 
 def macs(network: nn.Module, example: Tensor) -> int:

@@ -1,6 +1,7 @@
 """The sweep's driver: checks the input, runs every stage on Ray, and tells what happens."""
 
 import contextlib
+import logging
 import os
 import re
 import time
@@ -9,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 # Under `uv run` Ray would build a new environment for every worker; a sweep's workers are to run
-# in the one that the driver has. The others: Tune's own files, console boxes and Ctrl-C handler,
-# in place of which there are the journal, the observer and KeyboardInterrupt.
+# in the one that the driver has. In place of Tune's own files and Ctrl-C handler there are the
+# journal and KeyboardInterrupt. Ray Train's workers wait at every report for their controller to
+# look at them, which it does every 2 s.
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
 
 import ray
 from ray import tune
@@ -28,7 +31,7 @@ from raytickets.shrink import UnsupportedNetwork, channel_groups, check_prunable
 from raytickets.sweep import Sweep, first, select
 from raytickets.ticket import DamagedTicket, load_ticket, package_versions
 from raytickets.tracking import Tracker, prepare_store, resolve_uri
-from raytickets.trajectory import grid
+from raytickets.trajectory import Point, grid
 from raytickets.trial import Trial
 
 Observer = Callable[[Event], None]
@@ -225,12 +228,34 @@ def _told(folder: Path, uri: str, observer: Observer) -> Iterator[Callable[[Even
 
 
 class _Teller(tune.Callback):
-    def __init__(self, tell: Callable[[Event], None]):
-        self._tell = tell
+    """Tells of every check that a trial reports, and of a trial that fails."""
+
+    def __init__(self, space: SearchSpace, tell: Callable[[Event], None]):
+        self._space, self._tell = space, tell
+
+    def __getstate__(self) -> dict:
+        return {}  # Tune keeps a pickle of its callbacks to restore from, which is not done here.
 
     def on_trial_result(self, iteration, trials, trial, result, **info) -> None:  # noqa: ARG002
         for event in result["events"]:
             self._tell(event)
+
+    def on_trial_error(self, iteration, trials, trial, **info) -> None:  # noqa: ARG002
+        point = Point(**trial.config["point"])
+        self._tell(
+            {
+                "event": "trajectory",
+                "trajectory": point.id,
+                "penalty": point.penalty,
+                "seed": point.seed,
+                "state": "failed",
+                "reason": str(trial.get_error()).strip().splitlines()[-1],
+                "epochs": 0,
+                "train_macs": 0,
+                "seconds": 0.0,
+                "ratios": {f"{ratio:g}": "failed" for ratio in self._space.prune_ratios},
+            }
+        )
 
 
 def _run_trajectories(
@@ -241,37 +266,23 @@ def _run_trajectories(
     points = [point for point in grid(space) if point.id not in ended]
     if not points:
         return
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # The events tell of failures.
     resources = {"cpu": space.resources.cpus_per_trial, "gpu": space.resources.gpus_per_trial}
-    trial = tune.with_parameters(Trial, space=space, data=data, sweep=sweep.path)
-    results = tune.Tuner(
+    trial = tune.with_parameters(Trial, space=space, dataset=data, sweep=sweep.path)
+    tune.Tuner(
         tune.with_resources(trial, resources),
         param_space={"point": tune.grid_search([vars(point) for point in points])},
         tune_config=tune.TuneConfig(reuse_actors=True),
         run_config=tune.RunConfig(
             name=f"search-{time.time_ns()}",
             storage_path=str(sweep.path / "ray"),
-            callbacks=[_Teller(tell)],
+            callbacks=[_Teller(space, tell)],
             verbose=0,
         ),
     ).fit()
-    reasons = {str(r.config["point"]): str(r.error) for r in results if r.error and r.config}
-    for point in points:
-        if point.id not in _ended_trajectories(sweep):
-            reason = reasons.get(str(vars(point)), "it ended without a result")
-            tell(
-                {
-                    "event": "trajectory",
-                    "trajectory": point.id,
-                    "penalty": point.penalty,
-                    "seed": point.seed,
-                    "state": "failed",
-                    "reason": reason.strip().splitlines()[-1],
-                    "epochs": 0,
-                    "train_macs": 0,
-                    "seconds": 0.0,
-                    "ratios": {f"{ratio:g}": "failed" for ratio in space.prune_ratios},
-                }
-            )
+    told = {event["trajectory"] for event in select(sweep.events(), "trajectory")}
+    if lost := [point.id for point in points if point.id not in told]:
+        raise RuntimeError(f"Ray Tune stopped before {', '.join(lost)} ended")
 
 
 def _ended_trajectories(sweep: Sweep) -> set[str]:

@@ -85,7 +85,7 @@ class Ticket:
         found = [(group["name"], len(group["mask"])) for group in self.manifest["groups"]]
         if found != expected:
             raise DamagedTicket(f"{self.path}: its channel groups are not those of {spec['name']}")
-        return shrink(dense, groups, self.mask, example)
+        return shrink(dense, groups, self.mask)
 
 
 def group_masks(groups: Sequence[ChannelGroup], mask: Tensor) -> list[dict[str, str]]:

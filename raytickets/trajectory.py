@@ -156,7 +156,7 @@ def _draw(
     mask = keep_floor(free, channel_scores, widths, space.min_channels)
     raised = (free != mask).split(widths)
     example = dataset.example().to(batches.device)
-    shrunk = shrink(network, groups, mask, example)
+    shrunk = shrink(network, groups, mask)
     macs, params = cost.macs(shrunk, example), cost.params(shrunk)
     ticket = save_ticket(
         sweep / "tickets",

@@ -3,7 +3,6 @@
 import contextlib
 from pathlib import Path
 
-import ray
 import torch
 from ray import tune
 
@@ -15,10 +14,8 @@ from raytickets.trajectory import Point, run_trajectory
 class Trial(tune.Trainable):
     """Reports the events of one check at a time; a worker goes on to the next trial in place."""
 
-    def setup(
-        self, config: dict, space: SearchSpace, data: "ray.ObjectRef[DataSet]", sweep: Path
-    ) -> None:
-        self._space, self._dataset, self._sweep = space, ray.get(data), sweep
+    def setup(self, config: dict, space: SearchSpace, dataset: DataSet, sweep: Path) -> None:
+        self._space, self._dataset, self._sweep = space, dataset, sweep
         torch.set_num_threads(space.resources.cpus_per_trial)
         self.reset_config(config)
 
@@ -31,6 +28,9 @@ class Trial(tune.Trainable):
     def step(self) -> dict:
         events = next(self._events)
         return {"events": events, "done": events[-1]["event"] == "trajectory"}
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Tune asks at the end of a trial; its tickets are on disk and nothing else is kept."""
 
     def cleanup(self) -> None:
         with contextlib.suppress(AttributeError):
