@@ -58,13 +58,17 @@ def search(
     console.print(f"sweep [bold]{name}[/] in {storage / name}", soft_wrap=True)
 
     from raytickets.console import Progress, report_table
-    from raytickets.driver import SweepFailed
-    from raytickets.driver import search as run
+    from raytickets.plan import make_plan
+
+    plan = make_plan(chosen, name=name, storage=storage)
+
+    from raytickets.driver import SweepFailed, run
     from raytickets.tracking import resolve_uri, ui_command
 
+    gc.enable()
     try:
         with Progress(console) as progress:
-            run(chosen, name=name, storage=storage, tracking_uri=tracking_uri, observer=progress)
+            run(plan, tracking_uri, progress)
         code = 0
     except SweepFailed as error:
         Console(stderr=True).print(f"raytickets: a stage failed: {error}", soft_wrap=True)
@@ -145,6 +149,7 @@ def retrain(
     from raytickets.console import Progress
     from raytickets.driver import SweepFailed, retrain_ticket
 
+    gc.enable()
     try:
         with Progress(console) as progress:
             done = retrain_ticket(

@@ -41,21 +41,22 @@ class DataSet:
     train: Images
     validation: Images
     test: Images
-    classes: tuple[str, ...]
+    shape: "Shape"
     fingerprint: str
     """SHA-256 over the images and labels of the three splits."""
 
-    @property
-    def channels(self) -> int:
-        return self.train.images.shape[1]
 
-    @property
-    def image_size(self) -> int:
-        return self.train.images.shape[-1]
+@dataclass(frozen=True)
+class Shape:
+    """What a network has to take and tell apart: square images, `size` pixels to a side."""
+
+    channels: int
+    size: int
+    classes: tuple[str, ...]
 
     def example(self) -> Tensor:
-        """Zeros, float32 [1, channels, height, width]."""
-        return torch.zeros(1, *self.train.images.shape[1:])
+        """Zeros, float32 [1, channels, size, size]."""
+        return torch.zeros(1, self.channels, self.size, self.size)
 
 
 def load_data(data: Data) -> DataSet:
@@ -63,14 +64,16 @@ def load_data(data: Data) -> DataSet:
 
     Raises InputError if the folder, its layout or an image cannot be used.
     """
+    shape = describe(data)
     if data.source == "digits":
-        splits, classes = {"train": _digits()}, tuple("0123456789")
+        splits = {"train": _digits()}
     else:
-        splits, classes = _read_folder(data)
+        crop = data.image_size is not None
+        splits = {n: _decode(files, shape.size, crop) for n, files in _list_splits(data).items()}
     generator = np.random.default_rng(data.split_seed)
     shares = {"validation": data.validation, "test": data.test}
     missing = {name: share for name, share in shares.items() if name not in splits}
-    splits |= _carve(splits["train"], missing, len(classes), generator)
+    splits |= _carve(splits["train"], missing, len(shape.classes), generator)
     if data.limit is not None:
         most = {"train": data.limit, "validation": data.limit // 2, "test": data.limit // 2}
         for name, split in splits.items():
@@ -81,7 +84,7 @@ def load_data(data: Data) -> DataSet:
             raise InputError(f"data.{name}", shares.get(name), "leaves this split without images")
         digest.update(np.ascontiguousarray(splits[name].images))
         digest.update(np.ascontiguousarray(splits[name].labels))
-    return DataSet(**splits, classes=classes, fingerprint=digest.hexdigest())
+    return DataSet(**splits, shape=shape, fingerprint=digest.hexdigest())
 
 
 def _digits() -> Images:
@@ -128,7 +131,7 @@ def list_images(folder: Path, classes: tuple[str, ...] | None = None) -> dict[st
     return found
 
 
-def _read_folder(data: Data) -> tuple[dict[str, Images], tuple[str, ...]]:
+def _list_splits(data: Data) -> dict[str, dict[str, list[Path]]]:
     root = Path(str(data.path)).expanduser()
     if not root.is_dir():
         allowed = "must be a folder with train/<class>/<image> and test/<class>/<image>"
@@ -137,25 +140,30 @@ def _read_folder(data: Data) -> tuple[dict[str, Images], tuple[str, ...]]:
     folders = {name: folder for name, folder in folders.items() if folder.is_dir()}
     if "train" not in folders:
         folders = {"train": root}
-    files = {"train": list_images(folders["train"])}
-    classes = tuple(files["train"])
-    for name in folders.keys() - {"train"}:
-        files[name] = list_images(folders[name], classes)
+    splits = {"train": list_images(folders.pop("train"))}
+    classes = tuple(splits["train"])
+    return splits | {name: list_images(folder, classes) for name, folder in folders.items()}
 
+
+def describe(data: Data) -> Shape:
+    """What `load_data` will give, from file names and one image; the same errors."""
+    if data.source == "digits":
+        return Shape(channels=1, size=8, classes=tuple("0123456789"))
+    splits = _list_splits(data)
+    classes = tuple(splits["train"])
     size = data.image_size
     if size is None:
-        width, height = _open(files["train"][classes[0]][0]).size
+        width, height = _open(splits["train"][classes[0]][0]).size
         if width != height:
             allowed = f"must be given, as the images are not square ({width}x{height} pixels)"
             raise InputError("data.image_size", None, allowed)
         size = width
-    count = sum(len(paths) for split in files.values() for paths in split.values())
+    count = sum(len(paths) for split in splits.values() for paths in split.values())
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if (needed := count * 3 * size * size) > memory / 2:
         allowed = f"{count} images of {size} pixels take {needed >> 30} GiB, over half the memory"
         raise InputError("data.image_size", size, allowed)
-    crop = data.image_size is not None
-    return {name: _decode(split, size, crop) for name, split in files.items()}, classes
+    return Shape(channels=3, size=size, classes=classes)
 
 
 def _decode(files: dict[str, list[Path]], size: int, crop: bool) -> Images:

@@ -3,18 +3,18 @@
 import contextlib
 import logging
 import os
-import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 # Under `uv run` Ray would build a new environment for every worker; a sweep's workers are to run
-# in the one that the driver has. In place of Tune's own files and Ctrl-C handler there are the
-# journal and KeyboardInterrupt. Ray Train's workers wait at every report for their controller to
-# look at them, which it does every 2 s.
+# in the one that the driver has. In place of Tune's own files, boxes and Ctrl-C handler there are
+# the journal, the observer and KeyboardInterrupt. Ray Train's workers wait at every report for
+# their controller to look at them, which it does every 2 s.
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
 
@@ -25,11 +25,10 @@ from raytickets import cost
 from raytickets.config import InputError, SearchSpace
 from raytickets.data import DataSet, load_data
 from raytickets.journal import Event, Journal
-from raytickets.models import check_network
+from raytickets.plan import Plan, make_plan
 from raytickets.retrain import DENSE, Job, retrain, worker_count
-from raytickets.shrink import UnsupportedNetwork, channel_groups, check_prunable
-from raytickets.sweep import Sweep, first, select
-from raytickets.ticket import DamagedTicket, load_ticket, package_versions
+from raytickets.sweep import Sweep, select
+from raytickets.ticket import DamagedTicket, load_ticket
 from raytickets.tracking import Tracker, prepare_store, resolve_uri
 from raytickets.trajectory import Point, grid
 from raytickets.trial import Trial
@@ -61,20 +60,20 @@ def search(
     RAY_ADDRESS, or this machine. Raises InputError on input that cannot be used, before Ray
     starts where that can be known, and SweepFailed if a stage failed.
     """
-    name = name or f"{space.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = _writable_folder(storage, name)
-    opening = _check_same_space(folder, space)
-    dataset = load_data(space.data)
-    opening = opening or _check_network(space, dataset, name)
+    return run(make_plan(space, name=name, storage=storage), tracking_uri, observer)
+
+
+def run(plan: Plan, tracking_uri: str | None = None, observer: Observer = _unheard) -> Sweep:
+    """Run a sweep whose input was checked; the rest of `search`."""
+    space, sweep = plan.space, Sweep(plan.folder)
     uri = resolve_uri(tracking_uri)
     prepare_store(uri)
-    with _cluster(space) as capacity, _told(folder, uri, observer) as tell:
+    with _cluster(space) as capacity, _told(plan.folder, uri, observer) as tell:
         workers = worker_count(space, capacity)
-        sweep = Sweep(folder)
-        if not (folder / "journal.jsonl").stat().st_size:
-            tell(opening)
+        if plan.opening not in sweep.events():
+            tell(plan.opening)
         try:
-            data = ray.put(dataset)
+            data = ray.put(plan.dataset)
             _run_trajectories(space, sweep, data, tell)
             _retrain_winners(space, sweep, data, workers, tell)
             failed = [
@@ -124,64 +123,6 @@ def retrain_ticket(
         except Exception as error:
             raise SweepFailed(f"{type(error).__name__}: {error}") from error
     return select(sweep.events(), "retrained")[-1]
-
-
-def _writable_folder(storage: str | Path, name: str) -> Path:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise InputError("name", name, "must be letters, digits, '.', '-' and '_'")
-    folder = Path(storage).expanduser().resolve() / name
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".probe"
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        raise InputError("storage", str(storage), f"must be writable ({error})") from error
-    return folder
-
-
-def _check_same_space(folder: Path, space: SearchSpace) -> Event | None:
-    """The opening event of a sweep to go on with, None for a new one."""
-    if not (folder / "journal.jsonl").exists() or not (events := Sweep(folder).events()):
-        return None
-    opening = first(events, "sweep")
-    if opening["fingerprint"] != space.fingerprint:
-        before, now = opening["space"], space.as_dict()
-        changed = [name for name in now if before.get(name) != now[name]]
-        allowed = f"this sweep began with another {', '.join(changed)}; choose a new name"
-        raise InputError("name", folder.name, allowed)
-    return opening
-
-
-def _check_network(space: SearchSpace, dataset: DataSet, name: str) -> Event:
-    """Refuse a network that cannot be pruned; the opening event otherwise."""
-    network = check_network(
-        space.network,
-        in_channels=dataset.channels,
-        num_classes=len(dataset.classes),
-        image_size=dataset.image_size,
-    )
-    example = dataset.example()
-    try:
-        groups = channel_groups(network, example)
-        check_prunable(network, groups, example)
-    except UnsupportedNetwork as error:
-        raise InputError("network.name", space.network.name, str(error)) from error
-    return {
-        "event": "sweep",
-        "name": name,
-        "space": space.as_dict(),
-        "fingerprint": space.fingerprint,
-        "channels": sum(group.width for group in groups),
-        "dense": {"macs": cost.macs(network, example), "params": cost.params(network)},
-        "data": {
-            "fingerprint": dataset.fingerprint,
-            "train": len(dataset.train),
-            "validation": len(dataset.validation),
-            "test": len(dataset.test),
-        },
-        "versions": package_versions(),
-    }
 
 
 @contextlib.contextmanager

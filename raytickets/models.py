@@ -50,9 +50,9 @@ REFUSED = {
     ),
     **dict.fromkeys(
         _family("shufflenet_v2_x", "0_5 1_0 1_5 2_0"),
-        "TODO",
+        "torch-pruning cannot trace its channel shuffle",
     ),
-    "maxvit_t": "TODO",
+    "maxvit_t": "it reads channels of its stem without a BatchNorm2d, so no mask can drop them",
 }
 """torchvision's other classification networks, and why they cannot be used."""
 
@@ -73,8 +73,9 @@ def build_network(network: Network, *, in_channels: int, num_classes: int, seed:
     torchvision's networks import torchvision. Raises `InputError` on an unknown name, on a
     network without BatchNorm2d layers and on options that its builder does not take.
     """
-    builder = _find_builder(network.name)
     with torch.random.fork_rng(devices=[]):
+        # The user's file may seed torch when it is imported.
+        builder = _find_builder(network.name)
         torch.manual_seed(seed)
         try:
             built = builder(num_classes=num_classes, in_channels=in_channels, **network.options)
@@ -98,7 +99,7 @@ def check_network(
     """
     built = build_network(network, in_channels=in_channels, num_classes=num_classes, seed=0)
     if not any(isinstance(module, nn.BatchNorm2d) for module in built.modules()):
-        raise InputError("network.name", network.name, "has no BatchNorm2d layer")
+        raise InputError("network.name", network.name, "it has no BatchNorm2d layer")
     images = torch.zeros(2, in_channels, image_size, image_size)
     size = f"{in_channels}x{image_size}x{image_size}"
     try:
@@ -197,7 +198,7 @@ _BUILT_IN: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def _find_builder(name: str) -> Callable[..., nn.Module]:
+def _find_builder(name: str) -> Callable[..., Any]:
     """What to call as `builder(num_classes=..., in_channels=..., **options)`."""
     if ":" in name:
         return _users_own(name)
@@ -223,25 +224,19 @@ def _torchvision(name: str, *, num_classes: int, in_channels: int, **options: An
         fixed = {"aux_logits": False, "init_weights": True}
     built = get_model(name, weights=None, num_classes=num_classes, **fixed, **options)
     if in_channels != 3:
-        _replace_stem(built, in_channels)
+        _widen_stem(built, in_channels)
     return built
 
 
-def _replace_stem(network: nn.Module, in_channels: int):
-    name, old = next((n, m) for n, m in network.named_modules() if isinstance(m, nn.Conv2d))
-    new = nn.Conv2d(
-        in_channels,
-        old.out_channels,
-        old.kernel_size,
-        old.stride,
-        old.padding,
-        bias=old.bias is not None,
-    )
-    parent, _, attribute = name.rpartition(".")
-    setattr(network.get_submodule(parent), attribute, new)
+def _widen_stem(network: nn.Module, in_channels: int):
+    """Let the first convolution read `in_channels` channels, with new weights."""
+    stem = next(module for module in network.modules() if isinstance(module, nn.Conv2d))
+    stem.in_channels = in_channels
+    stem.weight = nn.Parameter(torch.empty(stem.out_channels, in_channels, *stem.kernel_size))
+    stem.reset_parameters()
 
 
-def _users_own(name: str) -> Callable[..., nn.Module]:
+def _users_own(name: str) -> Callable[..., Any]:
     place, _, function = name.rpartition(":")
     load = _load_file if place.endswith(".py") else importlib.import_module
     try:
@@ -256,9 +251,11 @@ def _users_own(name: str) -> Callable[..., nn.Module]:
 
 
 def _load_file(path: str) -> ModuleType:
-    name = Path(path).stem
+    # The prefix keeps a file called random.py from replacing the standard library's.
+    name = f"raytickets_user_{Path(path).stem}"
     loader = SourceFileLoader(name, path)
     module = ModuleType(name)
+    module.__file__ = path
     # Pickle and dataclasses look the module of a class up by its name.
     sys.modules[name] = module
     loader.exec_module(module)

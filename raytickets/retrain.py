@@ -123,7 +123,7 @@ def _retrain_one(
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     network = _starting_network(space, job, dataset)
-    macs, params = cost.macs(network, dataset.example()), cost.params(network)
+    macs, params = cost.macs(network, dataset.shape.example()), cost.params(network)
     parallel = prepare_model(network)
     batches = Batches(dataset, space.data, ray.train.torch.get_device())
     optimizer = SGD(parallel, recipe.momentum, recipe.weight_decay)
@@ -172,8 +172,8 @@ def _starting_network(space: SearchSpace, job: Job, dataset: DataSet) -> nn.Modu
     if job.path is None:
         return build_network(
             space.network,
-            in_channels=dataset.channels,
-            num_classes=len(dataset.classes),
+            in_channels=dataset.shape.channels,
+            num_classes=len(dataset.shape.classes),
             seed=space.seeds[0],
         )
     ticket = load_ticket(job.path, trust_code=True)

@@ -1,10 +1,15 @@
-"""Channel groups, their scores, and the physically smaller network that a mask describes."""
+"""Channel groups, their scores, and the physically smaller network that a mask describes.
+
+torch-pruning only follows the channels through the network. They are removed here, because its
+own removal makes frozen parameters trainable, and takes single channels out of every group of a
+grouped convolution where whole groups can go.
+"""
 
 import copy
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -127,13 +132,13 @@ def mask_network(network: nn.Module, groups: Sequence[ChannelGroup], mask: Tenso
     mask is bool [sum of group widths], True for a kept channel. Raises `ValueError` on another
     shape or dtype.
     """
+    norms = dict(_batchnorms(network))
     with torch.no_grad():
         for group, kept in zip(groups, _split(mask, groups), strict=True):
             for part in group.batchnorms:
-                norm = network.get_submodule(part.module)
-                dropped = torch.tensor(_dropped(part, kept), dtype=torch.long)
-                norm.weight[dropped] = 0
-                norm.bias[dropped] = 0
+                dropped = _dropped(part, kept)
+                norms[part.module].weight[dropped] = 0
+                norms[part.module].bias[dropped] = 0
 
 
 def shrink(network: nn.Module, groups: Sequence[ChannelGroup], mask: Tensor) -> nn.Module:
@@ -169,8 +174,8 @@ def check_prunable(network: nn.Module, groups: Sequence[ChannelGroup], example: 
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         for _, norm in _batchnorms(masked):
+            # Fresh BatchNorms are all alike, which would hide a channel in the wrong place.
             norm.weight.uniform_(0.5, 1.5)
-            # Fresh BatchNorms have beta 0 and mean 0, which would hide a channel in the wrong place.
             norm.bias.uniform_(-0.5, 0.5)
             if norm.running_mean is not None and norm.running_var is not None:
                 norm.running_mean.uniform_(-0.5, 0.5)
@@ -239,44 +244,53 @@ def _remove(module: nn.Module, axis: Axis, channels: Iterable[int]):
         module.in_channels = module.weight.shape[1] * module.groups
 
 
-@dataclass(frozen=True)
-class _Flow:
-    """One set of channels as torch-pruning follows it through the network, from `root` on."""
-
-    root: str
-    width: int
-    parts: tuple[Part, ...]
-    prunable: bool
+_Place = tuple[str, Axis, int]
 
 
-def _trace_flows(network: nn.Module, graph: torch_pruning.DependencyGraph) -> list[_Flow]:
+@dataclass
+class _Flows:
+    """Channels as torch-pruning follows them, each flow from one convolution on.
+
+    The channels of all flows are numbered through: `flow_of` has the flow of each, `places` where
+    each is found (module, axis and index there), `roots` each flow's first convolution.
+    """
+
+    roots: list[str] = field(default_factory=list)
+    flow_of: list[int] = field(default_factory=list)
+    places: list[tuple[_Place, int]] = field(default_factory=list)
+    blocked: set[int] = field(default_factory=set)
+    """Flows that must keep all their channels."""
+
+
+def _trace_flows(network: nn.Module, graph: torch_pruning.DependencyGraph) -> _Flows:
     names = {module: name for name, module in network.named_modules()}
-    flows, written = [], set()
-    for module in network.modules():
-        if module not in graph.module2node or module in written:
+    flows, written = _Flows(), set()
+    for module, name in names.items():
+        # A Linear needs no flow of its own: only behind convolutions are there BatchNorm2d.
+        if (
+            not isinstance(module, nn.Conv2d)
+            or module in written
+            or module not in graph.module2node
+        ):
             continue
-        if not isinstance(module, nn.Conv2d | nn.Linear):
-            continue
-        width = module.weight.shape[0]
-        handler = graph.get_pruner_of_module(module).prune_out_channels
-        parts, prunable = [], True
-        for item in graph.get_pruning_group(module, handler, range(width)):
+        flow, start, width = len(flows.roots), len(flows.flow_of), module.weight.shape[0]
+        flows.roots.append(name)
+        flows.flow_of += [flow] * width
+        remove = torch_pruning.prune_conv_out_channels
+        for item in graph.get_pruning_group(module, remove, range(width)):
             node, target = item.dep.target, item.dep.target.module
             writes = graph.is_out_channel_pruning_fn(item.dep.handler)
             if writes:
                 written.add(target)
-            if writes and not node.outputs:
-                prunable = False
-            if target in names:
-                axis = _axis(target, writes)
-                if axis is None:
-                    prunable = False
-                else:
-                    channels, owners = tuple(item.idxs), tuple(item.root_idxs)
-                    parts.append(Part(names[target], axis, channels, owners))
-            elif isinstance(target, nn.Parameter):
-                prunable = False
-        flows.append(_Flow(names[module], width, tuple(parts), prunable))
+            # What is no layer of the network is an operation, as an add or a concatenation.
+            axis = _axis(target, writes) if target in names else None
+            if axis:
+                for index, root in zip(item.idxs, item.root_idxs, strict=True):
+                    flows.places.append(((names[target], axis, index), start + root))
+            is_output = writes and not node.outputs
+            is_other_layer = axis is None and (target in names or isinstance(target, nn.Parameter))
+            if is_output or is_other_layer:
+                flows.blocked.add(flow)
     return flows
 
 
@@ -307,62 +321,50 @@ class _DisjointSets:
             self._parents[top] = tops[0]
 
 
-def _join_flows(network: nn.Module, flows: Sequence[_Flow]) -> tuple[ChannelGroup, ...]:
-    """Channel groups out of flows, joined where they hold the same channel or convolution group.
-
-    Every channel of every flow is a number; those that can only go together form one set, which
-    is a mask channel. Flows that share a mask channel form one channel group.
-    """
-    flow_of = [index for index, flow in enumerate(flows) for _ in range(flow.width)]
-    channels, blocked = _DisjointSets(len(flow_of)), set()
-    holders: dict[tuple[str, Axis, int], int] = {}
-    start = 0
-    for index, flow in enumerate(flows):
-        if not flow.prunable:
-            blocked.add(index)
-        for part in flow.parts:
-            for channel, owner in zip(part.channels, part.owners, strict=True):
-                key = (part.module, part.axis, channel)
-                channels.join((start + owner, holders.setdefault(key, start + owner)))
-        start += flow.width
-
+def _join_flows(network: nn.Module, flows: _Flows) -> tuple[ChannelGroup, ...]:
+    """Channel groups: a set of channels that only go together is a mask channel, and flows that
+    share a mask channel are one group."""
+    channels, blocked = _DisjointSets(len(flows.flow_of)), set(flows.blocked)
+    holders: dict[_Place, int] = {}
+    for place, channel in flows.places:
+        channels.join((channel, holders.setdefault(place, channel)))
     for name, conv in network.named_modules():
         # torch-pruning already takes input and output as one where each channel is a group.
         if not isinstance(conv, nn.Conv2d) or conv.groups in (1, conv.out_channels):
             continue
         reads, writes = conv.in_channels // conv.groups, conv.out_channels // conv.groups
         for group in range(conv.groups):
-            keys = [(name, "in", group * reads + i) for i in range(reads)]
-            keys += [(name, "out", group * writes + i) for i in range(writes)]
-            held = [holders[key] for key in keys if key in holders]
+            found = [holders.get((name, "in", group * reads + i)) for i in range(reads)]
+            found += [holders.get((name, "out", group * writes + i)) for i in range(writes)]
+            held = [channel for channel in found if channel is not None]
             channels.join(held)
-            if len(held) < len(keys):
-                blocked.update(flow_of[channel] for channel in held)
+            if len(held) < len(found):
+                blocked.update(flows.flow_of[channel] for channel in held)
+    joined = _DisjointSets(len(flows.roots))
+    for channel, flow in enumerate(flows.flow_of):
+        joined.join((flow, flows.flow_of[channels.find(channel)]))
+    blocked = {joined.find(flow) for flow in blocked}
 
-    joined = _DisjointSets(len(flows))
-    for channel, index in enumerate(flow_of):
-        joined.join((index, flow_of[channels.find(channel)]))
-    blocked = {joined.find(index) for index in blocked}
-
-    owners: dict[int, dict[int, int]] = defaultdict(dict)
-    for channel, index in enumerate(flow_of):
-        numbers = owners[joined.find(index)]
-        numbers.setdefault(channels.find(channel), len(numbers))
-    parts: dict[int, dict[tuple[str, Axis], list[tuple[int, int]]]]
-    parts = defaultdict(lambda: defaultdict(list))
-    for (name, axis, place), channel in holders.items():
-        index = joined.find(flow_of[channel])
-        parts[index][name, axis].append((place, owners[index][channels.find(channel)]))
+    numbers: dict[int, dict[int, int]] = defaultdict(dict)
+    for channel, flow in enumerate(flows.flow_of):
+        of_group = numbers[joined.find(flow)]
+        of_group.setdefault(channels.find(channel), len(of_group))
+    parts: dict[int, dict[tuple[str, Axis], dict[int, int]]]
+    parts = defaultdict(lambda: defaultdict(dict))
+    for (name, axis, index), channel in holders.items():
+        flow = joined.find(flows.flow_of[channel])
+        parts[flow][name, axis][index] = numbers[flow][channels.find(channel)]
 
     groups = []
-    for index, numbers in owners.items():
-        covered = {o for (_, axis), held in parts[index].items() for _, o in held if axis == "norm"}
-        if index in blocked or len(covered) < len(numbers):
+    for flow, of_group in numbers.items():
+        held = parts[flow]
+        covered = {owner for key in held if key[1] == "norm" for owner in held[key].values()}
+        if flow in blocked or len(covered) < len(of_group):
             continue
         members = tuple(
-            Part(name, axis, *zip(*held, strict=True))
-            for (name, axis), held in parts[index].items()
+            Part(name, axis, tuple(owners), tuple(owners.values()))
+            for (name, axis), owners in held.items()
             if axis != "in" or getattr(network.get_submodule(name), "groups", 1) == 1
         )
-        groups.append(ChannelGroup(flows[index].root, len(numbers), members))
+        groups.append(ChannelGroup(flows.roots[flow], len(of_group), members))
     return tuple(groups)

@@ -17,7 +17,7 @@ from raytickets.earlybird import MaskWindow, Verdict
 from raytickets.journal import Event
 from raytickets.masks import cut, keep_floor
 from raytickets.models import build_network
-from raytickets.shrink import ChannelGroup, channel_groups, gammas, scores, shrink
+from raytickets.shrink import ChannelGroup, channel_groups, gammas, scorer, shrink
 from raytickets.ticket import group_masks, kept_channels, package_versions, save_ticket
 from raytickets.train import SGD, accuracy, seeded, train_epoch
 
@@ -53,11 +53,11 @@ def run_trajectory(
     the trajectory ended.
     """
     recipe, started = space.training, time.monotonic()
-    example = dataset.example()
+    example = dataset.shape.example()
     network = build_network(
         space.network,
-        in_channels=dataset.channels,
-        num_classes=len(dataset.classes),
+        in_channels=dataset.shape.channels,
+        num_classes=len(dataset.shape.classes),
         seed=point.seed,
     )
     groups = channel_groups(network, example)
@@ -65,6 +65,7 @@ def run_trajectory(
     network.to(device)
     batches = Batches(dataset, space.data, device)
     optimizer = SGD(network, recipe.momentum, recipe.weight_decay)
+    score = scorer(network, groups)
     window = MaskWindow(space.stop_rule, space.prune_ratios)
     batch_count = batches.count(recipe.batch_size)
     states = dict.fromkeys(space.prune_ratios, "not converged")
@@ -82,7 +83,7 @@ def run_trajectory(
         )
         epoch += 1
         spent = cost.training_macs(forward_macs, epoch * batch_count * recipe.batch_size)
-        channel_scores = scores(network, groups)
+        channel_scores = score()
         events: list[Event] = []
         if math.isfinite(loss) and channel_scores.isfinite().all():
             # The published rule looks at every BatchNorm's channels, the masks at their groups.
@@ -155,7 +156,7 @@ def _draw(
     free = cut(channel_scores, [draw.ratio])[0]
     mask = keep_floor(free, channel_scores, widths, space.min_channels)
     raised = (free != mask).split(widths)
-    example = dataset.example().to(batches.device)
+    example = dataset.shape.example().to(batches.device)
     shrunk = shrink(network, groups, mask)
     macs, params = cost.macs(shrunk, example), cost.params(shrunk)
     ticket = save_ticket(
@@ -165,9 +166,9 @@ def _draw(
             "network": {
                 "name": space.network.name,
                 "options": dict(space.network.options),
-                "in_channels": dataset.channels,
-                "num_classes": len(dataset.classes),
-                "image_size": dataset.image_size,
+                "in_channels": dataset.shape.channels,
+                "num_classes": len(dataset.shape.classes),
+                "image_size": dataset.shape.size,
             },
             "groups": group_masks(groups, mask),
             "min_channels": {

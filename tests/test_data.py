@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from raytickets.config import Data, InputError
-from raytickets.data import Batches, DataSet, Images, crop, load_data
+from raytickets.data import Batches, DataSet, Images, Shape, crop, load_data
 from raytickets.train import seeded
 
 
@@ -38,7 +38,7 @@ def test_a_folder_with_train_and_test_has_validation_carved_from_train(image_fol
     path = image_folder({"train/a": 10, "train/b": 20, "test/a": 3, "test/b": 4})
     found = load_data(Data("folder", str(path), validation=0.2))
     assert [len(found.train), len(found.validation), len(found.test)] == [24, 6, 7]
-    assert found.classes == ("a", "b")
+    assert found.shape.classes == ("a", "b")
     assert found.train.images.shape[1:] == (3, 8, 8)
     assert not rows(found.train) & rows(found.validation)
 
@@ -51,7 +51,7 @@ def test_a_plain_folder_is_split_three_ways(image_folder):
 
 def test_images_are_resized_when_asked(image_folder):
     path = image_folder({"a": 10, "b": 10}, size=(12, 20))
-    assert load_data(Data("folder", str(path), image_size=6)).image_size == 6
+    assert load_data(Data("folder", str(path), image_size=6)).shape.size == 6
     with pytest.raises(InputError, match=r"data\.image_size.*not square"):
         load_data(Data("folder", str(path)))
 
@@ -72,7 +72,7 @@ def test_a_broken_image_is_named(image_folder):
 def one_image_set(images):
     labels = np.arange(len(images))
     split = Images(images, labels.astype(np.int64))
-    return DataSet(split, split, split, tuple(map(str, labels)), "")
+    return DataSet(split, split, split, Shape(*images.shape[1:3], tuple(map(str, labels))), "")
 
 
 def test_an_epoch_has_every_image_once_and_workers_share_each_batch():
