@@ -1,0 +1,191 @@
+"""A trajectory draws a ticket for every prune ratio, or says why not."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from raytickets import cost, trajectory
+from raytickets.config import Data, Network, Retraining, SearchSpace, StopRule, Training
+from raytickets.data import load_data
+from raytickets.journal import Journal
+from raytickets.sweep import select
+from raytickets.ticket import load_ticket
+from raytickets.trajectory import Point, grid, run_trajectory
+
+SPACE = SearchSpace(
+    name="tiny",
+    network=Network("cifar_vgg", {"depth": 9, "width": 0.125}),
+    data=Data("digits", limit=256),
+    penalties=(1e-3,),
+    prune_ratios=(0.3, 0.6),
+    training=Training(epochs=20, learning_rate=0.05, batch_size=32),
+    proof=Training(epochs=1, learning_rate=0.02, batch_size=32),
+    retraining=Retraining(epochs=2, batch_size=32),
+)
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    return load_data(SPACE.data)
+
+
+def events_of(space, dataset, folder, seed=0):
+    point = Point(space.penalties[0], seed)
+    return [event for events in run_trajectory(space, point, dataset, folder) for event in events]
+
+
+@pytest.fixture(scope="module")
+def drawn(dataset, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweep")
+    return folder, events_of(SPACE, dataset, folder)
+
+
+def test_one_trajectory_draws_every_ratio_and_then_ends(drawn):
+    _, events = drawn
+    tickets, (end,) = select(events, "ticket"), select(events, "trajectory")
+    assert sorted(ticket["prune_ratio"] for ticket in tickets) == [0.3, 0.6]
+    assert end["state"] == "drawn"
+    assert end["ratios"] == {"0.3": "drawn", "0.6": "drawn"}
+    assert end["epochs"] == max(ticket["draw_epoch"] for ticket in tickets) <= 20
+    assert events[-1] is end
+
+
+def test_no_ratio_draws_before_the_window_is_full(drawn):
+    _, events = drawn
+    window = SPACE.stop_rule.window
+    for check in select(events, "check"):
+        assert (check["distances"]["0.3"] is None) == (check["check"] < window)
+
+
+def test_the_ticket_on_disk_is_the_network_that_was_proved(drawn, dataset):
+    folder, events = drawn
+    for event in select(events, "ticket"):
+        ticket = load_ticket(folder / event["path"])
+        network, manifest = ticket.network(), ticket.manifest
+        assert ticket.id == event["ticket"]
+        assert cost.macs(network, dataset.shape.example()) == manifest["macs"] == event["macs"]
+        assert cost.params(network) == manifest["params"] == event["params"]
+        assert manifest["draw"] == {"check": event["draw_check"], "epoch": event["draw_epoch"]}
+        assert max(manifest["stop_rule"]["distances"]) == event["mask_distance"] <= 0.2
+        assert manifest["data"]["fingerprint"] == dataset.fingerprint
+        kept = sum(count for count, _ in event["kept"].values())
+        total = sum(width for _, width in event["kept"].values())
+        assert kept / total == pytest.approx(1 - event["prune_ratio"], abs=0.03)
+
+
+def test_the_ledger_counts_three_forward_passes_a_sample(drawn, dataset):
+    _, events = drawn
+    dense = events_dense_macs(dataset)
+    samples = len(dataset.train) // 32 * 32
+    for check in select(events, "check"):
+        assert check["train_macs"] == 3 * dense * samples * check["epoch"]
+    for ticket in select(events, "ticket"):
+        assert ticket["proof_macs"] == 3 * ticket["macs"] * samples * SPACE.proof.epochs
+
+
+def events_dense_macs(dataset):
+    from raytickets.models import build_network
+
+    network = build_network(SPACE.network, in_channels=1, num_classes=10, seed=0)
+    return cost.macs(network, dataset.shape.example())
+
+
+def test_the_same_space_gives_the_same_tickets(drawn, dataset, tmp_path):
+    _, events = drawn
+    ids = [event["ticket"] for event in select(events, "ticket")]
+    again = [event["ticket"] for event in select(events_of(SPACE, dataset, tmp_path), "ticket")]
+    other = select(events_of(SPACE, dataset, tmp_path, seed=1), "ticket")
+    assert ids == again
+    assert not set(ids) & {event["ticket"] for event in other}
+
+
+def test_other_ratios_do_not_change_a_ticket(drawn, dataset, tmp_path):
+    """Sharing a trajectory costs nothing: a ratio draws alone what it draws in company."""
+    _, events = drawn
+    alone = dataclasses.replace(SPACE, prune_ratios=(0.6,))
+    (ticket,) = select(events_of(alone, dataset, tmp_path), "ticket")
+    (shared,) = [e for e in select(events, "ticket") if e["prune_ratio"] == 0.6]
+    weights = [
+        load_ticket(folder / event["path"]).network().state_dict()
+        for folder, event in ((tmp_path, ticket), (drawn[0], shared))
+    ]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+
+
+def test_a_ratio_that_does_not_converge_is_reported_and_not_forced(dataset, tmp_path):
+    strict = StopRule(threshold=1e-9)
+    training = dataclasses.replace(SPACE.training, epochs=6)
+    space = dataclasses.replace(SPACE, stop_rule=strict, training=training)
+    events = events_of(space, dataset, tmp_path)
+    (end,) = select(events, "trajectory")
+    assert end["state"] == "not converged"
+    assert end["ratios"] == {"0.3": "not converged", "0.6": "not converged"}
+    assert not select(events, "ticket")
+    assert not (tmp_path / "tickets").exists()
+
+
+def test_a_trajectory_that_diverges_says_so_and_draws_nothing(dataset, tmp_path):
+    training = dataclasses.replace(SPACE.training, learning_rate=1e20)
+    events = events_of(dataclasses.replace(SPACE, training=training), dataset, tmp_path)
+    (end,) = events
+    assert end["state"] == "diverged"
+    assert "nan" in end["reason"] or "inf" in end["reason"]
+    assert end["ratios"] == {"0.3": "diverged", "0.6": "diverged"}
+    journal = Journal(tmp_path)
+    journal.append(end)  # every event is JSON, whatever happened
+
+
+def test_the_first_mask_never_enters_the_window(dataset, tmp_path, monkeypatch):
+    """All gammas start equal, so that mask keeps nothing and lies far from every other."""
+    seen = []
+    original = trajectory.MaskWindow.check
+
+    def check(self, scores):
+        seen.append(scores.clone())
+        return original(self, scores)
+
+    monkeypatch.setattr(trajectory.MaskWindow, "check", check)
+    events = events_of(SPACE, dataset, tmp_path)
+    assert len(seen) == len(select(events, "check"))
+    assert all(scores.std() > 0 for scores in seen)
+
+
+def test_the_paper_rule_looks_at_every_gamma(dataset, tmp_path, monkeypatch):
+    lengths = set()
+    original = trajectory.MaskWindow.check
+
+    def check(self, scores):
+        lengths.add(len(scores))
+        return original(self, scores)
+
+    monkeypatch.setattr(trajectory.MaskWindow, "check", check)
+    resnet = Network("cifar_resnet", {"depth": 8, "width": 4})
+    training = dataclasses.replace(SPACE.training, epochs=5)
+    space = dataclasses.replace(
+        SPACE, network=resnet, training=training, stop_rule=StopRule("paper")
+    )
+    events_of(space, dataset, tmp_path)
+    from raytickets.models import build_network
+    from raytickets.train import scale_parameters
+
+    network = build_network(resnet, in_channels=1, num_classes=10, seed=0)
+    assert lengths == {sum(len(scale) for scale in scale_parameters(network))}
+
+
+def test_the_floor_keeps_a_group_alive_and_the_manifest_says_where(dataset, tmp_path):
+    loose = StopRule("paper", threshold=0.99)
+    space = dataclasses.replace(SPACE, prune_ratios=(0.97,), stop_rule=loose, min_channels=2)
+    (event,) = select(events_of(space, dataset, tmp_path), "ticket")
+    acted_on = load_ticket(tmp_path / event["path"]).manifest["min_channels"]["acted_on"]
+    assert min(kept for kept, _ in event["kept"].values()) >= 2
+    assert acted_on
+    assert all(event["kept"][name][0] == 2 for name in acted_on)
+
+
+def test_the_grid_has_a_trajectory_for_each_penalty_and_seed():
+    space = dataclasses.replace(SPACE, penalties=(1e-4, 1e-3), seeds=(0, 1))
+    points = grid(space)
+    assert len({point.id for point in points}) == len(points) == 4
+    assert math.isclose(points[0].penalty, 1e-4)
