@@ -3,7 +3,6 @@
 import dataclasses
 import gc
 import json
-import signal
 import sys
 import time
 from pathlib import Path
@@ -200,7 +199,6 @@ def _ticket(given: str) -> Path:
 def main() -> None:
     """Run the command line and exit: 0 done, 2 bad input, 3 a stage failed, 130 interrupted."""
     gc.disable()  # The garbage of importing torch is none; collecting it takes a second.
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         code = app.cli(
             prog="raytickets",

@@ -22,8 +22,7 @@ class InputError(ValueError):
 
 
 def _number(name: str, value: object, *, above: float, below: float = math.inf, allowed: str):
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not above < value < below:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not above < value < below:
         raise InputError(name, value, allowed)
 
 

@@ -82,17 +82,17 @@ def load_data(data: Data) -> DataSet:
     for name in ("train", "validation", "test"):
         if not len(splits[name]):
             raise InputError(f"data.{name}", shares.get(name), "leaves this split without images")
-        digest.update(np.ascontiguousarray(splits[name].images))
-        digest.update(np.ascontiguousarray(splits[name].labels))
+        digest.update(splits[name].images.tobytes())
+        digest.update(splits[name].labels.tobytes())
     return DataSet(**splits, shape=shape, fingerprint=digest.hexdigest())
 
 
 def _digits() -> Images:
     from sklearn.datasets import load_digits  # 4 s to import, so only where it is asked for
 
-    digits = load_digits()
-    images = (digits.images * (255 / 16)).round().astype(np.uint8)
-    return Images(images[:, None], digits.target.astype(np.int64))
+    pixels, labels = load_digits(return_X_y=True)
+    images = (np.asarray(pixels) * (255 / 16)).round().astype(np.uint8)
+    return Images(images.reshape(-1, 1, 8, 8), np.asarray(labels).astype(np.int64))
 
 
 def _carve(

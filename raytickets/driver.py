@@ -130,8 +130,12 @@ def _cluster(space: SearchSpace) -> Iterator[int]:
     """Ray, if it does not run yet: how many retraining workers it has room for."""
     started = not ray.is_initialized()
     if started:
-        local = {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": False}
-        ray.init(log_to_driver=False, logging_level="ERROR", **local)
+        local = not os.environ.get("RAY_ADDRESS")
+        ray.init(
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            include_dashboard=False if local else None,
+        )
     try:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         asked = {"CPU": space.resources.cpus_per_trial, "GPU": space.resources.gpus_per_trial}

@@ -12,7 +12,7 @@ import ray
 import ray.train
 import torch
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer, prepare_model
+from ray.train.torch import TorchTrainer, get_device, prepare_model
 from ray.util.queue import Queue
 from torch import nn
 
@@ -103,7 +103,8 @@ def _listen(queue: Queue, on_event: Callable[[Event], None]) -> None:
 
 def _train_worker(config: dict[str, Any]) -> None:
     """What each Ray Train worker runs: every job in turn, going on from a checkpoint if any."""
-    dataset = ray.get(config["data"])
+    data: ray.ObjectRef[DataSet] = config["data"]
+    dataset = ray.get(data)
     state = _load_checkpoint()
     for place, job in enumerate(config["jobs"]):
         if state is None or place >= state["job"]:
@@ -125,7 +126,7 @@ def _retrain_one(
     network = _starting_network(space, job, dataset)
     macs, params = cost.macs(network, dataset.shape.example()), cost.params(network)
     parallel = prepare_model(network)
-    batches = Batches(dataset, space.data, ray.train.torch.get_device())
+    batches = Batches(dataset, space.data, get_device())
     optimizer = SGD(parallel, recipe.momentum, recipe.weight_decay)
     batch_count = batches.count(recipe.batch_size)
     if state is not None:

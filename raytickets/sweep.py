@@ -56,13 +56,13 @@ class Sweep:
 
         search_macs = sum(e["train_macs"] for e in trajectories.values())
         search_macs += sum(e["proof_macs"] for e in tickets.values())
-        dense_macs = retrained.get("dense", {}).get("train_macs")
+        dense_macs: Any = retrained.get("dense", {}).get("train_macs")
 
         def row(run: str) -> dict[str, Any]:
             done, ticket = retrained.get(run, {}), tickets.get(run, {})
             share = 0 if run == "dense" else search_macs / len(winners)
-            spent = done.get("train_macs")
-            known = spent is not None and dense_macs is not None
+            spent: Any = done.get("train_macs")
+            relative = None if None in (spent, dense_macs) else (spent + share) / dense_macs
             return {
                 "run": run,
                 **{
@@ -74,7 +74,7 @@ class Sweep:
                 "validation_accuracy": done.get("validation_accuracy"),
                 "test_accuracy": done.get("test_accuracy"),
                 "train_macs": spent,
-                "relative_cost": (spent + share) / dense_macs if known else None,
+                "relative_cost": relative,
             }
 
         own = [e["train_macs"] for run, e in retrained.items() if run in winners]

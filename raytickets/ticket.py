@@ -97,10 +97,10 @@ def group_masks(groups: Sequence[ChannelGroup], mask: Tensor) -> list[dict[str, 
     ]
 
 
-def kept_channels(manifest: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-    """How many channels each group keeps, and of how many."""
+def kept_channels(manifest: Mapping[str, Any]) -> dict[str, list[int]]:
+    """How many channels each group keeps, and of how many: [kept, width] by name."""
     return {
-        group["name"]: (group["mask"].count("1"), len(group["mask"]))
+        group["name"]: [group["mask"].count("1"), len(group["mask"])]
         for group in manifest["groups"]
     }
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -38,14 +38,16 @@ class SGD:
     """
 
     def __init__(self, network: nn.Module, momentum: float, weight_decay: float):
-        self.params = [p for p in network.parameters() if p.requires_grad]
+        self.params: list[Tensor] = [p for p in network.parameters() if p.requires_grad]
         self.momentum, self.weight_decay = momentum, weight_decay
         self.velocity = [torch.zeros_like(parameter) for parameter in self.params]
 
     @torch.no_grad()
     def step(self, rate: float) -> None:
         """Update every parameter from its gradient, then drop the gradients."""
-        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.params]
+        gradients: Sequence[Tensor] = [
+            p.grad if p.grad is not None else torch.zeros_like(p) for p in self.params
+        ]
         if self.weight_decay:
             gradients = torch._foreach_add(gradients, self.params, alpha=self.weight_decay)
         torch._foreach_mul_(self.velocity, self.momentum)
@@ -58,9 +60,9 @@ class SGD:
 @torch.no_grad()
 def add_penalty(scales: list[nn.Parameter], penalty: float) -> None:
     """Add the subgradient of penalty * sum(|gamma|) to the scales' gradients (Liu et al. 2017)."""
-    gradients = [scale.grad for scale in scales if scale.grad is not None]
-    signs = torch._foreach_sign([scale for scale in scales if scale.grad is not None])
-    torch._foreach_add_(gradients, signs, alpha=penalty)
+    reached: list[Tensor] = [scale for scale in scales if scale.grad is not None]
+    gradients = [scale.grad for scale in reached if scale.grad is not None]
+    torch._foreach_add_(gradients, torch._foreach_sign(reached), alpha=penalty)
 
 
 def train_epoch(

@@ -1,6 +1,5 @@
 """A trajectory as a Ray Tune trial."""
 
-import contextlib
 from pathlib import Path
 
 import torch
@@ -14,7 +13,10 @@ from raytickets.trajectory import Point, run_trajectory
 class Trial(tune.Trainable):
     """Reports the events of one check at a time; a worker goes on to the next trial in place."""
 
-    def setup(self, config: dict, space: SearchSpace, dataset: DataSet, sweep: Path) -> None:
+    # `tune.with_parameters` gives the arguments after the first.
+    def setup(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, config: dict, space: SearchSpace, dataset: DataSet, sweep: Path
+    ) -> None:
         self._space, self._dataset, self._sweep = space, dataset, sweep
         torch.set_num_threads(space.resources.cpus_per_trial)
         self.reset_config(config)
@@ -31,7 +33,3 @@ class Trial(tune.Trainable):
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Tune asks at the end of a trial; its tickets are on disk and nothing else is kept."""
-
-    def cleanup(self) -> None:
-        with contextlib.suppress(AttributeError):
-            self._events.close()

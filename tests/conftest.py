@@ -1,3 +1,4 @@
+import logging
 import os
 
 import pytest
@@ -15,7 +16,7 @@ def ray_instance():
 
     import raytickets.driver  # noqa: F401  (sets what Ray reads when it is imported)
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     yield
     ray.shutdown()
 

@@ -1,0 +1,205 @@
+"""A whole sweep on Ray: searched, drawn, retrained, recorded; cut off and gone on with."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+from mlflow import MlflowClient
+
+from raytickets import load_ticket, search
+from raytickets.config import Data, InputError, Network, Resources, Retraining, SearchSpace
+from raytickets.config import Training as Recipe
+from raytickets.driver import SweepFailed, retrain_ticket
+from raytickets.sweep import Sweep, select
+
+SPACE = SearchSpace(
+    name="tiny",
+    network=Network("cifar_vgg", {"depth": 9, "width": 0.125}),
+    data=Data("digits", limit=256),
+    penalties=(1e-3, 1e-2),
+    prune_ratios=(0.3, 0.6),
+    training=Recipe(epochs=20, learning_rate=0.05, batch_size=32),
+    proof=Recipe(epochs=1, learning_rate=0.02, batch_size=32),
+    retraining=Retraining(epochs=2, batch_size=32),
+    winners=1,
+)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("place")
+
+
+@pytest.fixture(scope="module")
+def store(place):
+    return f"sqlite:///{place}/mlflow.db"
+
+
+@pytest.fixture(scope="module")
+def heard():
+    return []
+
+
+@pytest.fixture(scope="module")
+def sweep(ray_instance, place, store, heard):  # noqa: ARG001
+    return search(SPACE, name="first", storage=place, tracking_uri=store, observer=heard.append)
+
+
+def ids(sweep):
+    return sorted(event["ticket"] for event in select(sweep.events(), "ticket"))
+
+
+def test_every_trajectory_ends_and_every_ticket_is_whole(sweep):
+    ends = select(sweep.events(), "trajectory")
+    assert {end["trajectory"]: end["state"] for end in ends} == {
+        "penalty0.001-seed0": "drawn",
+        "penalty0.01-seed0": "drawn",
+    }
+    tickets = select(sweep.events(), "ticket")
+    assert len(tickets) == 4
+    for event in tickets:
+        assert load_ticket(sweep.path / event["path"]).id == event["ticket"]
+
+
+def test_the_observer_hears_what_the_journal_holds(sweep, heard):
+    assert [event for event in heard if event["event"] != "owed"] == sweep.events()
+
+
+def test_winner_and_dense_reference_are_retrained_alike(sweep):
+    report = sweep.report()
+    assert report["state"] == "done"
+    (winner,) = report["winners"]
+    done = {event["run"]: event for event in select(sweep.events(), "retrained")}
+    assert set(done) == {"dense", winner["run"]}
+    for event in done.values():
+        assert event["epochs"] == 2
+        assert 0 <= event["test_accuracy"] <= 1
+    assert done["dense"]["train_macs"] / done["dense"]["macs"] == pytest.approx(
+        done[winner["run"]]["train_macs"] / done[winner["run"]]["macs"]
+    )
+
+
+def test_a_retrained_ticket_is_a_ticket_with_the_same_mask(sweep):
+    (winner,) = sweep.report()["winners"]
+    (event,) = [e for e in select(sweep.events(), "retrained") if e["run"] == winner["run"]]
+    before = load_ticket(sweep.path / "tickets" / winner["run"])
+    after = load_ticket(sweep.path / event["path"])
+    assert torch.equal(before.mask, after.mask)
+    assert after.manifest["retrained"]["test_accuracy"] == event["test_accuracy"]
+    weights = [ticket.network().state_dict() for ticket in (before, after)]
+    assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.mark.usefixtures("sweep")
+def test_mlflow_holds_sweep_trajectories_and_tickets(store):
+    client = MlflowClient(store)
+    experiment = client.get_experiment_by_name("raytickets/tiny")
+    runs = client.search_runs([experiment.experiment_id])
+    kinds = [run.data.tags["raytickets.kind"] for run in runs]
+    assert {kind: kinds.count(kind) for kind in kinds} == {
+        "sweep": 1,
+        "trajectory": 2,
+        "ticket": 4,
+        "dense": 1,
+    }
+
+
+@pytest.mark.slow
+def test_the_same_space_gives_the_same_tickets(sweep, place, store):
+    """On one worker that goes from trial to trial, so nothing leaks from the one before."""
+    resources = Resources(cpus_per_trial=1)
+    space = dataclasses.replace(SPACE, penalties=(1e-2, 1e-3), resources=resources)
+    other = search(space, name="second", storage=place, tracking_uri=store)
+    weights = [
+        {
+            load_ticket(s.path / e["path"]).manifest["files"]["ticket.safetensors"]
+            for e in select(s.events(), "ticket")
+        }
+        for s in (sweep, other)
+    ]
+    assert weights[0] == weights[1]
+
+
+def test_a_sweep_that_is_done_goes_on_with_nothing(sweep, place, store):
+    before = sweep.events()
+    again = search(SPACE, name="first", storage=place, tracking_uri=store)
+    new = again.events()[len(before) :]
+    assert [event["event"] for event in new] == ["end"]
+
+
+@pytest.mark.slow
+def test_a_sweep_cut_off_goes_on_where_it_was(sweep, place, store):
+    """The journal up to a kill after the first trajectory, in a folder of its own."""
+    cut = place / "cut"
+    shutil.copytree(sweep.path, cut)
+    lines = (cut / "journal.jsonl").read_text().splitlines(keepends=True)
+    ended = next(i for i, line in enumerate(lines) if json.loads(line)["event"] == "trajectory")
+    first = json.loads(lines[ended])["trajectory"]
+    (cut / "journal.jsonl").write_text("".join(lines[: ended + 1]) + lines[ended + 1][:20])
+    heard = []
+    again = search(SPACE, name="cut", storage=place, tracking_uri=store, observer=heard.append)
+    new = heard[ended + 1 :]
+    assert {event["trajectory"] for event in select(new, "check")} == (
+        {point["trajectory"] for point in select(sweep.events(), "trajectory")} - {first}
+    )
+    assert ids(again) == ids(sweep)
+    assert again.report()["winners"] == sweep.report()["winners"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_instance")
+def test_a_trajectory_that_fails_is_named_and_the_others_finish(place, store, tmp_path):
+    (tmp_path / "fragile.py").write_text(
+        "from raytickets.models import cifar_vgg\n"
+        "import torch\n"
+        "class Fragile(torch.nn.Module):\n"
+        "    def __init__(self, inner):\n"
+        "        super().__init__()\n"
+        "        self.inner = inner\n"
+        "    def forward(self, images):\n"
+        "        if self.training and self.inner.head.weight.abs().max() > 0.6:\n"
+        "            raise RuntimeError('the wheels came off')\n"
+        "        return self.inner(images)\n"
+        "def network(num_classes, in_channels):\n"
+        "    return Fragile(cifar_vgg(num_classes=num_classes, in_channels=in_channels,"
+        " depth=9, width=0.125))\n"
+    )
+    network = Network(f"{tmp_path}/fragile.py:network")
+    space = dataclasses.replace(SPACE, name="fragile", network=network, penalties=(1e-3,))
+    with pytest.raises(SweepFailed, match=r"penalty0\.001-seed0.*the wheels came off"):
+        search(space, name="fragile", storage=place, tracking_uri=store)
+    report = Sweep(place / "fragile").report()
+    assert report["state"] == "failed"
+    assert report["trajectories"][0]["state"] == "failed"
+
+
+@pytest.mark.slow
+def test_one_ticket_can_be_retrained_again(sweep, store):
+    ticket = ids(sweep)[0]
+    path = sweep.path / "tickets" / ticket
+    done = retrain_ticket(path, epochs=1, weights="reinit", tracking_uri=store)
+    assert (done["run"], done["epochs"]) == (ticket, 1)
+    assert load_ticket(sweep.path / done["path"]).manifest["retrained"]["from"] == ticket
+
+
+@pytest.mark.parametrize(
+    ("resources", "field"),
+    [
+        (Resources(cpus_per_trial=512), r"resources\.cpus_per_trial: 512"),
+        (Resources(gpus_per_trial=64), r"resources\.gpus_per_trial: 64"),
+    ],
+)
+@pytest.mark.usefixtures("ray_instance")
+def test_more_than_the_cluster_has_is_refused(place, store, resources, field):
+    space = dataclasses.replace(SPACE, resources=resources)
+    with pytest.raises(InputError, match=field):
+        search(space, name="greedy", storage=place, tracking_uri=store)
+
+
+@pytest.mark.usefixtures("ray_instance")
+def test_more_workers_than_the_cluster_has_room_for(place, store):
+    space = dataclasses.replace(SPACE, retraining=Retraining(epochs=2, num_workers=32))
+    with pytest.raises(InputError, match=r"retraining\.num_workers: 32"):
+        search(space, name="crowded", storage=place, tracking_uri=store)
