@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import json
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -10,15 +11,18 @@ from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
-from tyro.conf import Positional, arg
+from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from raytickets.config import InputError
 from raytickets.spaces import built_in, load_space
+from raytickets.sweep import Sweep
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 3, 130
 """Exit codes besides 0, which means that everything asked for was done."""
 
 STORAGE = Path("sweeps")
+
+Given = Annotated[Positional[str], arg(metavar="TICKET")]
 
 app = tyro.extras.SubcommandApp()
 
@@ -27,10 +31,10 @@ app = tyro.extras.SubcommandApp()
 def search(
     space: Annotated[Positional[str], arg(metavar="SPACE")] = "digits",
     *,
-    name: str | None = None,
-    storage: Path = STORAGE,
-    tracking_uri: str | None = None,
-    data: str | None = None,
+    name: Annotated[str | None, arg(metavar="NAME")] = None,
+    storage: Annotated[Path, arg(metavar="FOLDER")] = STORAGE,
+    tracking_uri: Annotated[str | None, arg(metavar="URI")] = None,
+    data: Annotated[str | None, arg(metavar="FOLDER")] = None,
     smoke: bool = False,
 ) -> int:
     """Search a space for early-bird tickets, retrain the winners, record everything in MLflow.
@@ -38,8 +42,7 @@ def search(
     Runs on all cores of this machine, or on the Ray cluster at RAY_ADDRESS.
 
     Args:
-        space: a built-in space (see `raytickets spaces`), path/to/file.py, or
-            package.module:function.
+        space: a built-in name (see `raytickets spaces`), a .py file or package.module:function.
         name: the sweep's name; the name of a sweep that was cut off goes on with it.
         storage: where the sweep's folder is made.
         tracking_uri: the MLflow store; else MLFLOW_TRACKING_URI, else sqlite:///mlflow.db here.
@@ -53,43 +56,43 @@ def search(
         )
     # The name is settled here so that an interrupted sweep can be told how to go on.
     name = name or f"{chosen.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    console = Console()
-    console.print(f"sweep [bold]{name}[/] in {storage / name}", soft_wrap=True)
 
-    from raytickets.console import Progress, report_table
     from raytickets.plan import make_plan
 
     plan = make_plan(chosen, name=name, storage=storage)
+    print(f"sweep {name} in {plan.folder}", flush=True)
 
+    from raytickets.console import Progress, report_table
     from raytickets.driver import SweepFailed, run
     from raytickets.tracking import resolve_uri, ui_command
 
     gc.enable()
+    console, code = Console(), 0
     try:
-        with Progress(console) as progress:
-            run(plan, tracking_uri, progress)
-        code = 0
+        with Progress(console, plan.space) as progress:
+            sweep = run(plan, tracking_uri, progress)
     except SweepFailed as error:
-        Console(stderr=True).print(f"raytickets: a stage failed: {error}", soft_wrap=True)
-        code = FAILED
+        print(f"raytickets: a stage failed: {error}", file=sys.stderr)
+        sweep, code = Sweep(plan.folder), FAILED
     except KeyboardInterrupt:
-        console.print("interrupted; the same command with the sweep's name goes on:")
-        console.print("  " + _again(name), soft_wrap=True, highlight=False)
+        print("interrupted; the same command with the sweep's name goes on:")
+        print("  " + _again(name))
         return INTERRUPTED
-    console.print(report_table(_sweep(str(storage / name)).report()))
-    console.print("Compare the tickets in MLflow:")
-    console.print("  " + ui_command(resolve_uri(tracking_uri)), soft_wrap=True, highlight=False)
+    console.print("", report_table(sweep.report()), "", sep="\n")
+    print("Compare the tickets in MLflow:")
+    print("  " + ui_command(resolve_uri(tracking_uri)))
     return code
 
 
 def _again(name: str) -> str:
     """The command line as it was given, with the sweep's name."""
     words = ["raytickets", *sys.argv[1:]]
-    return " ".join(words if "--name" in words else [*words, "--name", name])
+    named = any(word.partition("=")[0] == "--name" for word in words)
+    return shlex.join(words if named else [*words, "--name", name])
 
 
 @app.command
-def report(sweep: Positional[str], *, json: bool = False) -> int:
+def report(sweep: Annotated[Positional[str], arg(metavar="SWEEP")], *, json: bool = False) -> int:
     """Show what a sweep found, from its folder.
 
     Args:
@@ -108,7 +111,7 @@ def report(sweep: Positional[str], *, json: bool = False) -> int:
 
 
 @app.command
-def show(ticket: Positional[str], *, json: bool = False) -> int:
+def show(ticket: Given, *, json: bool = False) -> int:
     """Show how a ticket was found and what it keeps, after verifying its checksums.
 
     Args:
@@ -116,9 +119,12 @@ def show(ticket: Positional[str], *, json: bool = False) -> int:
         json: print its manifest as JSON.
     """
     from raytickets.console import ticket_table
-    from raytickets.ticket import load_ticket
+    from raytickets.ticket import DamagedTicket, load_ticket
 
-    found = load_ticket(_ticket(ticket))
+    try:
+        found = load_ticket(_ticket(ticket))
+    except DamagedTicket as error:
+        raise InputError("ticket", ticket, str(error)) from error
     if json:
         print(_json(dict(found.manifest)))
     else:
@@ -128,11 +134,11 @@ def show(ticket: Positional[str], *, json: bool = False) -> int:
 
 @app.command
 def retrain(
-    ticket: Positional[str],
+    ticket: Given,
     *,
-    epochs: int | None = None,
-    weights: Literal["inherit", "reinit"] | None = None,
-    tracking_uri: str | None = None,
+    epochs: Annotated[int | None, arg(metavar="N")] = None,
+    weights: Annotated[Literal["inherit", "reinit"] | None, arg(metavar="inherit|reinit")] = None,
+    tracking_uri: Annotated[str | None, arg(metavar="URI")] = None,
 ) -> int:
     """Retrain one ticket of a sweep, with the sweep's recipe and on its data.
 
@@ -142,15 +148,19 @@ def retrain(
         weights: go on from the ticket's weights, or draw new ones in its shape.
         tracking_uri: the MLflow store; else MLFLOW_TRACKING_URI, else sqlite:///mlflow.db here.
     """
-    path = _ticket(ticket)
-    console = Console()
+    path = _ticket(ticket).resolve()
+    sweep = Sweep(path.parent.parent)
+    space = sweep.space()
+    if epochs is not None:
+        space = space.with_retraining(epochs=epochs)
 
     from raytickets.console import Progress
     from raytickets.driver import SweepFailed, retrain_ticket
+    from raytickets.ticket import DamagedTicket
 
     gc.enable()
     try:
-        with Progress(console) as progress:
+        with Progress(Console(), space) as progress:
             done = retrain_ticket(
                 path,
                 epochs=epochs,
@@ -158,20 +168,22 @@ def retrain(
                 tracking_uri=tracking_uri,
                 observer=progress,
             )
+    except DamagedTicket as error:
+        raise InputError("ticket", ticket, str(error)) from error
     except SweepFailed as error:
-        Console(stderr=True).print(f"raytickets: retraining failed: {error}", soft_wrap=True)
+        print(f"raytickets: retraining failed: {error}", file=sys.stderr)
         return FAILED
-    console.print(f"test accuracy {done['test_accuracy']:.2%}, saved as {done['path']}")
+    print(f"test accuracy {done['test_accuracy']:.2%}, saved as {sweep.path / done['path']}")
     return 0
 
 
 @app.command
 def spaces() -> int:
     """List the search spaces that come with raytickets."""
-    console = Console()
-    for name, file in built_in().items():
+    names = built_in()
+    for name, file in names.items():
         summary = file.read_text(encoding="utf-8").split('"""')[1].splitlines()[0]
-        console.print(f"[bold]{name}[/]  {summary}", highlight=False)
+        print(f"{name:{max(map(len, names))}}  {summary}")
     return 0
 
 
@@ -179,9 +191,7 @@ def _json(values: object) -> str:
     return json.dumps(values, indent=2)
 
 
-def _sweep(given: str):
-    from raytickets.sweep import Sweep
-
+def _sweep(given: str) -> Sweep:
     path = Path(given)
     return Sweep(path if path.is_dir() else STORAGE / given)
 
@@ -203,11 +213,15 @@ def main() -> None:
         code = app.cli(
             prog="raytickets",
             description="Search early-bird lottery tickets: smaller networks for less energy.",
+            config=(FlagCreatePairsOff,),
         )
     except KeyboardInterrupt:
         code = INTERRUPTED
-    except ValueError as error:
-        # InputError and DamagedTicket name the field and what is allowed in one line.
+    except InputError as error:
         print(f"raytickets: {error}", file=sys.stderr)
         code = BAD_INPUT
     sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
