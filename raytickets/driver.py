@@ -72,21 +72,22 @@ def run(plan: Plan, tracking_uri: str | None = None, observer: Observer = _unhea
         workers = worker_count(space, capacity)
         if plan.opening not in sweep.events():
             tell(plan.opening)
+        cause = None
         try:
             data = ray.put(plan.dataset)
             _run_trajectories(space, sweep, data, tell)
             _retrain_winners(space, sweep, data, workers, tell)
-            failed = [
-                f"{event['trajectory']}: {event['reason']}"
-                for event in sweep.report()["trajectories"]
-                if event["state"] == "failed"
-            ]
         except Exception as error:
-            failed = [f"{type(error).__name__}: {error}"]
-        reason = "; ".join(failed)
-        tell({"event": "end", "state": "failed" if failed else "done", "reason": reason})
-    if failed:
-        raise SweepFailed(reason)
+            cause = error
+        reasons = [
+            f"{event['trajectory']}: {event['reason']}"
+            for event in sweep.report()["trajectories"]
+            if event["state"] == "failed"
+        ]
+        reason = "; ".join(reasons + ([_last_line(cause)] if cause else []))
+        tell({"event": "end", "state": "failed" if reason else "done", "reason": reason})
+    if reason:
+        raise SweepFailed(reason) from cause
     return sweep
 
 
@@ -121,8 +122,13 @@ def retrain_ticket(
         try:
             retrain(space, jobs, ray.put(dataset), sweep.path, workers, tell)
         except Exception as error:
-            raise SweepFailed(f"{type(error).__name__}: {error}") from error
+            raise SweepFailed(_last_line(error)) from error
     return select(sweep.events(), "retrained")[-1]
+
+
+def _last_line(error: Exception) -> str:
+    # What Ray brings from a worker is a traceback, and its last line says what happened.
+    return (str(error).strip() or repr(error)).splitlines()[-1]
 
 
 @contextlib.contextmanager
@@ -168,8 +174,9 @@ def _told(folder: Path, uri: str, observer: Observer) -> Iterator[Callable[[Even
         yield tell
     finally:
         journal.close()
-        if owed := tracker.close():
-            observer({"event": "owed", "reason": owed})
+        owed = tracker.close()
+    if owed:
+        raise SweepFailed(owed)
 
 
 class _Teller(tune.Callback):
@@ -194,7 +201,7 @@ class _Teller(tune.Callback):
                 "penalty": point.penalty,
                 "seed": point.seed,
                 "state": "failed",
-                "reason": str(trial.get_error()).strip().splitlines()[-1],
+                "reason": _last_line(trial.get_error()),
                 "epochs": 0,
                 "train_macs": 0,
                 "seconds": 0.0,

@@ -46,7 +46,7 @@ def distance_curve(
     axes.set_xlabel("epoch")
     axes.set_ylabel(DISTANCE[stop_rule.rule])
     axes.set_ylim(bottom=0)
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, 1.03 * max(epochs, default=1))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     axes.set_title("How much the mask still changes", loc="left")
@@ -69,73 +69,61 @@ def kept_channels(kept: Mapping[str, Sequence[int]]) -> Figure:
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
     axes.xaxis.set_major_formatter(PercentFormatter(1))
-    axes.set_xlabel("channels kept, of the dense network's")
-    total = sum(count for count, _ in kept.values()), sum(of for _, of in kept.values())
-    axes.set_title(f"{total[0]} of {total[1]} channels kept", loc="left")
+    axes.margins(y=0.01)
+    axes.set_xlabel("share of the dense network's channels that is kept")
+    total, width = (sum(column) for column in zip(*kept.values(), strict=True))
+    axes.set_title(f"{total} of {width} channels kept", loc="left")
     return figure
 
 
 def accuracy_against_macs(
     tickets: Sequence[Mapping[str, Any]],
+    front: Sequence[int],
     dense: Mapping[str, Any],
     retrained: Mapping[str, Mapping[str, Any]],
 ) -> Figure:
     """What tickets keep of the accuracy for what share of the work.
 
-    One panel for the proofs of all tickets, with their Pareto front; a second one, once anything
-    is `retrained`, for the test accuracy of winners and of the dense network (`dense` among its
-    keys). Takes `ticket` and `retrained` events and the dense network's `macs`.
+    One panel for the proofs of all tickets, with their Pareto front (places, cheapest first); a
+    second one, once anything is `retrained`, for the test accuracy of winners and of the dense
+    network (`dense` among its keys). Takes `ticket` and `retrained` events and the dense
+    network's `macs`.
     """
     figure = _figure(11 if retrained else 6, 4.5)
-    panels = figure.subplots(1, 2 if retrained else 1, squeeze=False, sharex=True)[0]
-    proofs = panels[0]
-    proofs.set_title("Every ticket, after its proof (short fine-tune)", loc="left")
-    proofs.set_ylabel("validation accuracy")
-    points = [(ticket["macs"], ticket["proof_accuracy"]) for ticket in tickets]
-    proofs.scatter(*zip(*points, strict=True), color=GREY, label="ticket") if points else None
-    front = pareto_front(points)
-    if front:
-        x, y = zip(*front, strict=True)
-        proofs.plot(x, y, color=BLUE, marker="o", label="Pareto front")
-    for ticket in tickets:
-        if (ticket["macs"], ticket["proof_accuracy"]) in front:
-            _name(
-                proofs, ticket["macs"], ticket["proof_accuracy"], f"ratio {ticket['prune_ratio']}"
-            )
+    panels = figure.subplots(1, 2 if retrained else 1, squeeze=False)[0]
+    panels[0].set_title("Every ticket, after its proof (short fine-tune)", loc="left")
+    panels[0].set_ylabel("validation accuracy")
+    macs, accuracies = [t["macs"] for t in tickets], [t["proof_accuracy"] for t in tickets]
+    panels[0].scatter(macs, accuracies, color=GREY, label="ticket")
+    x, y = [macs[place] for place in front], [accuracies[place] for place in front]
+    panels[0].plot(x, y, color=BLUE, marker="o", label="Pareto front")
+    for place in front:
+        _name(panels[0], macs[place], accuracies[place], _title(tickets[place]), dense["macs"])
     if retrained:
-        ratios = {ticket["ticket"]: ticket["prune_ratio"] for ticket in tickets}
+        titles = {ticket["ticket"]: _title(ticket) for ticket in tickets}
         panels[1].set_title("Winners, after full retraining", loc="left")
         panels[1].set_ylabel("test accuracy")
         for run, event in retrained.items():
-            is_dense = run == "dense"
-            color, marker = (ORANGE, "D") if is_dense else (GREEN, "o")
+            color, marker = (ORANGE, "D") if run == "dense" else (GREEN, "o")
             accuracy = event["test_accuracy"]
             panels[1].plot(event["macs"], accuracy, color=color, marker=marker, linestyle="none")
-            text = "dense network" if is_dense else f"ratio {ratios.get(run, run)}"
-            _name(panels[1], event["macs"], accuracy, text)
-            if is_dense:
+            if run == "dense":
                 panels[1].axhline(accuracy, color=ORANGE, linestyle=":", linewidth=1)
+            else:
+                _name(panels[1], event["macs"], accuracy, titles[run], dense["macs"])
     for axes in panels:
-        axes.axvline(
-            dense["macs"], color=ORANGE, linestyle="--", linewidth=1, label="dense network"
-        )
+        axes.axvline(dense["macs"], color=ORANGE, linestyle="--", linewidth=1)
+        bottom = axes.get_xaxis_transform()
+        style = {"color": ORANGE, "fontsize": 8, "ha": "right", "rotation": 90}
+        axes.text(0.99 * dense["macs"], 0.03, "dense network", transform=bottom, **style)
         axes.set_xlabel("multiply-accumulates for one image (MACs)")
         axes.xaxis.set_major_formatter(EngFormatter())
-        axes.set_xlim(0, 1.12 * dense["macs"])
+        axes.set_xlim(0, 1.1 * dense["macs"])
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
         axes.margins(y=0.15)
         axes.grid(alpha=0.3)
-    proofs.legend(frameon=False, loc="lower right")
+    panels[0].legend(frameon=False, loc="upper left")
     return figure
-
-
-def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The (cost, accuracy) points that no cheaper or equally cheap one reaches, cheapest first."""
-    front: list[tuple[float, float]] = []
-    for cost, accuracy in sorted(points, key=lambda point: (point[0], -point[1])):
-        if not front or accuracy > front[-1][1]:
-            front.append((cost, accuracy))
-    return front
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -144,5 +132,12 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _name(axes: Axes, x: float, y: float, text: str) -> None:
-    axes.annotate(text, (x, y), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8)
+def _title(ticket: Mapping[str, Any]) -> str:
+    return f"ratio {ticket['prune_ratio']:g}, penalty {ticket['penalty']:g}"
+
+
+def _name(axes: Axes, x: float, y: float, text: str, widest: float) -> None:
+    """Label a point on the side where there is room, and off a line that rises to the right."""
+    right = x > 0.6 * widest
+    side = {"ha": "right", "xytext": (-6, 4)} if right else {"ha": "left", "xytext": (6, -9)}
+    axes.annotate(text, (x, y), textcoords="offset points", fontsize=8, **side)

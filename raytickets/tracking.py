@@ -4,7 +4,6 @@ One experiment for each search space; in it a run for the sweep, below that one 
 and for the dense reference, and below its trajectory one for each ticket.
 """
 
-import json
 import os
 import shlex
 import threading
@@ -15,6 +14,7 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, urlencode
 
 # By default MLflow retries a dead server for minutes, prints a line for every run, and reports to
 # its makers that it was used.
@@ -22,28 +22,28 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 
-from raytickets import plots
+from raytickets import cost, plots
 from raytickets.config import InputError, StopRule
 from raytickets.journal import Event
 
 GATHER_S = 0.5
 """How long events gather before they are sent together."""
-BATCH = 200
 LONGEST_PAUSE_S = 60.0
 LAST_TRIES = 3
 TOKEN = "mlflow_id"
 """File in the sweep's folder that ties it to its runs: names may be used again."""
 SQLITE = "sqlite:///"
-ABOUT = """A search for early-bird tickets by [raytickets](https://pypi.org/project/raytickets).
-Below this run are its trajectories (trainings of the dense network under a penalty), below each
-its tickets (shrunk networks), and the retrained dense network to compare with.
+ABOUT = """This sweep looked for early-bird tickets: smaller networks that train as well.
 
-To list tickets alone, search for `tags."raytickets.kind" = "ticket"`; the table and the plot of
-all tickets are under *Artifacts*.
+Below it are its trajectories (trainings of the dense network under a penalty), below each its
+tickets, and the dense network, retrained like the winners to compare them with. The table and the
+plot of all tickets are under *Artifacts*. To list tickets alone, filter runs by
+`tags."raytickets.kind" = "ticket"` and sort them by a metric, such as `proof_accuracy`.
 """
 
 
@@ -76,9 +76,28 @@ def prepare_store(uri: str) -> None:
 
 def ui_command(uri: str) -> str:
     """What shows the runs: a shell command for a local store, a server's own address."""
-    if uri.startswith(("http://", "https://")):
+    if _is_server(uri):
         return uri
     return f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
+
+
+def tickets_address(uri: str, space: str) -> str:
+    """Where the UI compares the tickets of a search space, the most accurate first.
+
+    For a local store that is where `ui_command` serves it unless told another port. Without the
+    query MLflow opens on a page about language models, and folds tickets into their trajectories.
+    """
+    experiment = MlflowClient(uri).get_experiment_by_name(f"raytickets/{space}")
+    page = f"experiments/{experiment.experiment_id}/runs" if experiment else "experiments"
+    query = {
+        "workflowType": "machine_learning",
+        "searchFilter": 'tags."raytickets.kind" = "ticket"',
+        "orderByKey": "metrics.`proof_accuracy`",
+        "orderByAsc": "false",
+        "compareRunsMode": "CHART",
+    }
+    server = uri.rstrip("/") if _is_server(uri) else "http://127.0.0.1:5000"
+    return f"{server}/#/{page}?{urlencode(query, quote_via=quote)}"
 
 
 class Tracker:
@@ -112,10 +131,10 @@ class Tracker:
         while last_tries:
             closing = self._closing.wait(pause)
             try:
-                while self._sent < len(self._events):
-                    stop = min(self._sent + BATCH, len(self._events))
-                    self._runs.deliver(self._events[:stop], self._sent)
-                    self._sent, pause = stop, GATHER_S
+                # All at once: a journal written again then ends where MLflow has it already.
+                while self._sent < (count := len(self._events)):
+                    self._runs.deliver(self._events[:count], self._sent)
+                    self._sent, pause = count, GATHER_S
             except Exception as error:
                 self._reason = _one_line(error)
                 self._runs.forget()
@@ -132,18 +151,21 @@ class Tracker:
 class _Run:
     id: str
     started: int
-    """Milliseconds since 1970. Metrics are stamped with this plus their step: MLflow keeps equal
-    points once, so that an event may be sent again."""
+    """Milliseconds since 1970."""
     status: str
     wanted: str
     metrics: list[Metric] = field(default_factory=list)
     params: dict[str, Any] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
 
-    def measure(self, step: int, values: Mapping[str, float | None]) -> None:
-        for key, value in values.items():
-            if value is not None:
-                self.metrics.append(Metric(key, value, self.started + step, step))
+    def measure(self, values: Mapping[str, float | None], step: int = 0, place: int = 0) -> None:
+        """Add metrics, stamped by their step and the event's place in the journal, not by the time.
+
+        MLflow keeps equal points once, so that an event may be sent again, and shows the latest.
+        """
+        at = self.started + step + place
+        pairs = values.items()
+        self.metrics += [Metric(key, value, at, step) for key, value in pairs if value is not None]
 
 
 class _Runs:
@@ -207,44 +229,47 @@ class _Runs:
         return self._known[key]
 
     def _add(self, event: Event, history: Sequence[Event]) -> None:
-        sweep = self._known["sweep"]
-        sweep.wanted = "RUNNING"
+        sweep, place = self._known["sweep"], len(history)
+        if event["event"] in ("sweep", "check", "winners"):
+            sweep.wanted = "RUNNING"
         match event["event"]:
             case "sweep":
-                facts = _pick(event, ("fingerprint", "channels", "dense", "versions"))
-                data = event["space"]["data"] | event["data"]
-                sweep.params = _flat(event["space"] | facts | {"data": data})
+                facts = _pick(event, "fingerprint", "channels", "dense", "versions")
+                sweep.params = _flat(event["space"] | facts | {"images": event["data"]})
                 sweep.tags["mlflow.note.content"] = ABOUT
             case "check":
                 run = self._run(event["trajectory"], "trajectory", event["trajectory"], "sweep")
                 run.wanted = "RUNNING"
-                curves = ("loss", "validation_accuracy", "train_macs", "seconds")
-                run.measure(event["epoch"], _pick(event, curves))
-                distances = event["distances"].items()
-                run.measure(event["epoch"], {f"mask_distance_{r}": d for r, d in distances})
+                curves = _pick(event, "loss", "validation_accuracy", "train_macs")
+                distances = {f"mask_distance_{r}": d for r, d in event["distances"].items()}
+                run.measure(curves | distances, event["epoch"])
             case "ticket":
                 self._add_ticket(event, history)
             case "trajectory":
-                key = event["trajectory"]
+                key, state = event["trajectory"], event["state"]
                 run = self._run(key, "trajectory", key, "sweep")
-                run.wanted = "FAILED" if event["state"] in ("diverged", "failed") else "FINISHED"
-                run.params = _pick(event, ("penalty", "seed"))
+                run.wanted = "FAILED" if state in ("diverged", "failed") else "FINISHED"
+                run.params = _pick(event, "penalty", "seed")
                 run.params["learning_rate"] = self._sweep["space"]["training"]["learning_rate"]
+                run.measure(_pick(event, "epochs", "seconds"), place=place)
                 run.tags = {f"raytickets.ratio_{r}": s for r, s in event["ratios"].items()}
-                run.tags |= {"raytickets.state": event["state"]}
-                run.tags |= {"mlflow.note.content": event["reason"]}
-                self._draw_distances(run, history, key)
+                run.tags |= {"raytickets.state": state, "mlflow.note.content": event["reason"]}
+                if run.status != "FINISHED":
+                    self._draw_distances(run, history, key)
             case "epoch":
                 run = self._retraining(event["run"])
                 run.wanted = "RUNNING"
-                curves = ("loss", "validation_accuracy", "learning_rate")
-                run.measure(event["epoch"], _pick(event, curves))
+                curves = _pick(event, "loss", "validation_accuracy", "learning_rate")
+                run.measure(curves, event["epoch"])
             case "retrained":
                 run = self._retraining(event["run"])
                 run.wanted = "FINISHED"
-                facts = ("macs", "params", "test_accuracy", "train_macs", "seconds", "num_workers")
-                run.measure(0, _pick(event, facts))
-                run.tags["raytickets.retrained_path"] = str(self._folder / event["path"])
+                facts = ("test_accuracy", "train_macs", "seconds", "num_workers")
+                run.measure(_pick(event, *facts), place=place)
+                if event["run"] == "dense":  # A ticket said so when it was drawn.
+                    run.measure(_pick(event, "macs", "params"))
+                if event["path"]:
+                    run.tags["raytickets.retrained_path"] = str(self._folder / event["path"])
             case "end":
                 for run in self._known.values():
                     run.wanted = "KILLED" if run.wanted == "RUNNING" else run.wanted
@@ -253,21 +278,22 @@ class _Runs:
                 sweep.tags["mlflow.note.content"] = (reason if event["reason"] else "") + ABOUT
 
     def _add_ticket(self, event: Event, history: Sequence[Event]) -> None:
-        key, trajectory, ratio = event["ticket"], event["trajectory"], f"{event['prune_ratio']:g}"
+        trajectory, ratio = event["trajectory"], f"{event['prune_ratio']:g}"
         self._run(trajectory, "trajectory", trajectory, "sweep")
-        run = self._run(key, "ticket", f"{trajectory}-ratio{ratio}", trajectory)
+        run = self._run(event["ticket"], "ticket", f"ratio{ratio}-{trajectory}", trajectory)
         run.wanted = "FINISHED"
-        run.params = _pick(event, ("penalty", "prune_ratio", "learning_rate", "seed"))
-        run.params |= {"stop_rule": event["rule"]}
-        run.params |= {"network": self._sweep["space"]["network"]["name"]}
+        network = self._sweep["space"]["network"]["name"]
+        run.params = _pick(event, "penalty", "prune_ratio", "learning_rate", "seed")
+        run.params |= {"stop_rule": event["rule"], "network": network}
         facts = ("proof_accuracy", "proof_macs", "macs", "params", "draw_epoch", "mask_distance")
-        run.measure(0, _pick(event, facts))
+        run.measure(_pick(event, *facts))
+        if run.status == "FINISHED":
+            return  # From an earlier time, artifacts and all.
         files = self._folder / event["path"]
         if files.is_dir():
             self._client.log_artifacts(run.id, str(files), "ticket")
         self._draw_distances(run, history, trajectory, ratio)
-        figure = plots.kept_channels(event["kept"])
-        self._client.log_figure(run.id, figure, "kept_channels.png")
+        self._client.log_figure(run.id, plots.kept_channels(event["kept"]), "kept_channels.png")
 
     def _retraining(self, key: str) -> _Run:
         return self._known[key] if key != "dense" else self._run(key, key, key, "sweep")
@@ -279,6 +305,8 @@ class _Runs:
         checks = {event["check"]: event for event in mine if event["event"] == "check"}.values()
         draws = {f"{e['prune_ratio']:g}": e["draw_epoch"] for e in mine if e["event"] == "ticket"}
         ratios = [only] if only else [f"{r:g}" for r in self._sweep["space"]["prune_ratios"]]
+        if not checks:
+            return
         figure = plots.distance_curve(
             [check["epoch"] for check in checks],
             {ratio: [check["distances"][ratio] for check in checks] for ratio in ratios},
@@ -290,33 +318,35 @@ class _Runs:
     def _summarise(self, history: Sequence[Event]) -> None:
         """The sweep's totals, the table of its tickets and their plot."""
         run, dense = self._known["sweep"], self._sweep["dense"]
-        tickets = [event for event in history if event["event"] == "ticket"]
+        # A trajectory that was cut off runs again, and draws the same tickets.
+        tickets = list({e["ticket"]: e for e in history if e["event"] == "ticket"}.values())
         retrained = {e["run"]: e for e in history if e["event"] == "retrained"}
         winners = next((e["tickets"] for e in history[::-1] if e["event"] == "winners"), [])
         tests = {key: event["test_accuracy"] for key, event in retrained.items()}
         totals: dict[str, float | None] = {"tickets": len(tickets), "winners": len(winners)}
         totals["dense_test_accuracy"] = tests.pop("dense", None)
-        totals["best_test_accuracy"] = max(tests.values(), default=None)
+        # Of the ticket that was best in validation: the best on test images would flatter.
+        totals["winner_test_accuracy"] = tests.get(winners[0]) if winners else None
         totals["best_proof_accuracy"] = max((t["proof_accuracy"] for t in tickets), default=None)
-        run.measure(0, totals)
+        run.measure(totals)
         if not tickets:
             return
-        shown = ("penalty", "seed", "prune_ratio", "draw_epoch", "mask_distance", "params", "macs")
-        columns = ["ticket", *shown, "share_of_dense_macs", "proof_accuracy", "test_accuracy"]
         rows = [
-            [
-                *(t[key] for key in ("ticket", *shown)),
-                t["macs"] / dense["macs"],
-                t["proof_accuracy"],
-                tests.get(t["ticket"]),
-            ]
+            _pick(t, "prune_ratio", "penalty", "seed", "proof_accuracy")
+            | {"test_accuracy": tests.get(t["ticket"]), "macs": t["macs"]}
+            | {"share_of_dense_macs": t["macs"] / dense["macs"]}
+            | _pick(t, "params", "draw_epoch", "mask_distance", "ticket")
             for t in tickets
         ]
-        self._client.log_dict(run.id, {"columns": columns, "data": rows}, "tickets.json")
-        # Where log_table says what it wrote; itself it would append to the rows of a last time.
-        table = [{"path": "tickets.json", "type": "table"}]
-        run.tags["mlflow.loggedArtifacts"] = json.dumps(table)
-        figure = plots.accuracy_against_macs(tickets, dense, retrained)
+        data = [[_short(value) for value in row.values()] for row in rows]
+        table = {"columns": list(rows[0]), "data": data}
+        # As log_table does, which would append to the rows of an earlier time.
+        self._client.log_dict(run.id, table, "tickets.json")
+        run.tags["mlflow.loggedArtifacts"] = '[{"path": "tickets.json", "type": "table"}]'
+        front = cost.pareto_front(
+            [ticket["proof_accuracy"] for ticket in tickets], [t["macs"] for t in tickets]
+        )
+        figure = plots.accuracy_against_macs(tickets, front, dense, retrained)
         self._client.log_figure(run.id, figure, "accuracy_against_macs.png")
 
     def _flush(self, run: _Run) -> None:
@@ -337,8 +367,12 @@ def _chunks(items: Sequence, size: int) -> list[Sequence]:
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
-def _pick(event: Event, keys: Sequence[str]) -> dict[str, Any]:
+def _pick(event: Event, *keys: str) -> dict[str, Any]:
     return {key: event[key] for key in keys}
+
+
+def _short(value: Any) -> Any:
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -349,6 +383,10 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
+
+
+def _is_server(uri: str) -> bool:
+    return uri.startswith(("http://", "https://"))
 
 
 def _database(uri: str) -> Path | None:

@@ -1,6 +1,8 @@
 import logging
 import os
+import sys
 
+import hypothesis
 import pytest
 import torch
 
@@ -8,13 +10,15 @@ import torch
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# A busy machine is no failure, and a run that fails is to fail again.
+hypothesis.settings.register_profile("steady", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("steady")
+
 
 @pytest.fixture(scope="session")
 def ray_instance():
     """The one Ray of the whole test run."""
-    import ray
-
-    import raytickets.driver  # noqa: F401  (sets what Ray reads when it is imported)
+    from raytickets.driver import ray  # which first sets what Ray reads when it is imported
 
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     yield
@@ -38,3 +42,14 @@ def image_folder(tmp_path):
         return root
 
     return write
+
+
+@pytest.fixture
+def working_folder(tmp_path, monkeypatch):
+    """An empty working folder; the modules and import paths that a test adds go with it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield tmp_path
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", "")).startswith(str(tmp_path)):
+            del sys.modules[name]

@@ -70,7 +70,7 @@ def streams(draw):
     return stream
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(stream=streams(), ratio=st.sampled_from([0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98]))
 def test_paper_decides_as_the_published_algorithm(stream, ratio):
     published = PublishedRule(ratio)

@@ -1,16 +1,23 @@
 import io
+from typing import Any
 
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from raytickets.config import StopRule
-from raytickets.plots import accuracy_against_macs, distance_curve, kept_channels, pareto_front
+from raytickets.plots import accuracy_against_macs, distance_curve, kept_channels
 
 
 def saved(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer)
     return buffer.getvalue()
+
+
+def points(line: Line2D) -> list[tuple[float, float]]:
+    return [(float(x), float(y)) for x, y in np.asarray(line.get_xydata())]
 
 
 def texts(figure: Figure) -> list[str]:
@@ -24,11 +31,11 @@ def test_distance_curve_marks_threshold_and_draws():
     assert axes.get_xlabel() == "epoch"
     assert axes.get_ylabel() == "mask distance (1 = chance)"
     lines = {str(line.get_label()): line for line in axes.lines}
-    assert list(lines["prune ratio 0.3"].get_xdata()) == [2, 3, 4]
-    assert list(lines["drawn below 0.2"].get_ydata()) == [0.2, 0.2]
+    assert points(lines["prune ratio 0.3"]) == [(2, 0.5), (3, 0.15), (4, 0.1)]
+    assert [y for _, y in points(lines["drawn below 0.2"])] == [0.2, 0.2]
     assert "prune ratio 0.7, not drawn" in lines
-    stars = [line for line in axes.lines if line.get_marker() == "*" and len(line.get_xdata())]
-    assert [(s.get_xdata()[0], s.get_ydata()[0]) for s in stars] == [(3, 0.15)]
+    stars = [points(line) for line in axes.lines if line.get_marker() == "*"]
+    assert stars == [[(3, 0.15)], []]
     assert saved(figure).startswith(b"\x89PNG")
 
 
@@ -49,8 +56,9 @@ def test_kept_channels_shows_every_group(groups: int):
     assert saved(figure)
 
 
-def ticket(key: str, ratio: float, macs: int, accuracy: float) -> dict:
-    return {"ticket": key, "prune_ratio": ratio, "macs": macs, "proof_accuracy": accuracy}
+def ticket(key: str, ratio: float, macs: int, accuracy: float) -> dict[str, Any]:
+    found = {"ticket": key, "penalty": 1e-3, "prune_ratio": ratio, "macs": macs}
+    return found | {"proof_accuracy": accuracy}
 
 
 TICKETS = [
@@ -61,15 +69,16 @@ TICKETS = [
 
 
 def test_accuracy_against_macs_before_retraining():
-    figure = accuracy_against_macs(TICKETS, {"macs": 1_000_000}, {})
+    figure = accuracy_against_macs(TICKETS, [1, 0], {"macs": 1_000_000}, {})
     (axes,) = figure.axes
     assert axes.get_ylabel() == "validation accuracy"
     assert "multiply-accumulates" in axes.get_xlabel()
-    front = next(line for line in axes.lines if line.get_label() == "Pareto front")
-    assert list(front.get_xdata()) == [250_000, 490_000]
-    dense = next(line for line in axes.lines if line.get_label() == "dense network")
-    assert list(dense.get_xdata()) == [1_000_000, 1_000_000]
-    assert sorted(texts(figure)) == ["ratio 0.3", "ratio 0.5"]
+    front, dense = axes.lines
+    assert front.get_label() == "Pareto front"
+    assert [x for x, _ in points(front)] == [250_000, 490_000]
+    assert [x for x, _ in points(dense)] == [1_000_000, 1_000_000]
+    named = ["ratio 0.5, penalty 0.001", "ratio 0.3, penalty 0.001", "dense network"]
+    assert texts(figure) == named
     assert saved(figure)
 
 
@@ -78,12 +87,12 @@ def test_accuracy_against_macs_after_retraining():
         "a": {"macs": 490_000, "test_accuracy": 0.95},
         "dense": {"macs": 1_000_000, "test_accuracy": 0.96},
     }
-    figure = accuracy_against_macs(TICKETS, {"macs": 1_000_000}, retrained)
+    figure = accuracy_against_macs(TICKETS, [1, 0], {"macs": 1_000_000}, retrained)
     assert [axes.get_ylabel() for axes in figure.axes] == ["validation accuracy", "test accuracy"]
-    assert texts(figure)[-2:] == ["ratio 0.3", "dense network"]
+    winners = figure.axes[1]
+    assert [text.get_text() for text in winners.texts] == [
+        "ratio 0.3, penalty 0.001",
+        "dense network",
+    ]
+    assert points(winners.lines[0]) == [(490_000, 0.95)]
     assert saved(figure)
-
-
-def test_pareto_front():
-    assert pareto_front([(3, 0.9), (1, 0.5), (2, 0.4), (1, 0.6), (4, 0.9)]) == [(1, 0.6), (3, 0.9)]
-    assert pareto_front([]) == []

@@ -10,7 +10,13 @@ from mlflow.entities import Run
 
 from raytickets.config import Data, InputError, Network, Retraining, SearchSpace, Training
 from raytickets.journal import Event
-from raytickets.tracking import Tracker, prepare_store, resolve_uri, ui_command
+from raytickets.tracking import (
+    Tracker,
+    prepare_store,
+    resolve_uri,
+    tickets_address,
+    ui_command,
+)
 
 SPACE = SearchSpace(
     name="digits",
@@ -98,7 +104,7 @@ def retraining(run: str, macs: int, test_accuracy: float) -> list[Event]:
     done: Event = {
         "event": "retrained",
         "run": run,
-        "path": f"retrained/{run}",
+        "path": None if run == "dense" else f"retrained/{run}",
         "macs": macs,
         "params": 5000,
         "epochs": 3,
@@ -166,6 +172,10 @@ def history(client: MlflowClient, run: Run, metric: str) -> list[tuple[int, floa
     return [(point.step, point.value) for point in points]
 
 
+def all_points(client: MlflowClient, run: Run) -> list[tuple[str, int, float]]:
+    return [(key, *point) for key in run.data.metrics for point in history(client, run, key)]
+
+
 def artifacts(client: MlflowClient, run: Run, folder: str | None = None) -> set[str]:
     return {file.path for file in client.list_artifacts(run.info.run_id, folder)}
 
@@ -215,7 +225,7 @@ def test_runs_are_nested_named_and_ended(tracked: Any):
         "dense": "sweep",
     }
     assert runs["sweep"].info.run_name == folder.name
-    assert runs["bbbb"].info.run_name == f"{LOW}-ratio0.5"
+    assert runs["bbbb"].info.run_name == f"ratio0.5-{LOW}"
     kinds = {key: run.data.tags["raytickets.kind"] for key, run in runs.items()}
     assert kinds == {
         "sweep": "sweep",
@@ -238,8 +248,8 @@ def test_params(tracked: Any):
     assert sweep["training.epochs"] == "6"
     assert sweep["network.options.width"] == "8"
     assert sweep["fingerprint"] == SPACE.fingerprint
-    assert sweep["data.train"] == "1258"
-    assert sweep["data.source"] == "digits"
+    assert sweep["images.train"] == "1258"
+    assert sweep["data.validation"] == "0.1"
     assert sweep["dense.macs"] == "1000000"
     assert sweep["versions.torch"] == "2.12.0"
     assert runs[LOW].data.params == {"penalty": "0.0001", "seed": "0", "learning_rate": "0.1"}
@@ -271,7 +281,7 @@ def test_metrics_and_their_steps(tracked: Any, client: MlflowClient):
     assert runs["dense"].data.metrics["test_accuracy"] == 0.96
     assert [step for step, _ in history(client, runs["dense"], "learning_rate")] == [1, 2, 3]
     totals = runs["sweep"].data.metrics
-    assert (totals["tickets"], totals["winners"], totals["best_test_accuracy"]) == (3, 2, 0.95)
+    assert (totals["tickets"], totals["winners"], totals["winner_test_accuracy"]) == (3, 2, 0.95)
 
 
 def test_artifacts(tracked: Any, client: MlflowClient, tmp_path: Path):
@@ -296,15 +306,15 @@ def test_artifacts_lie_beside_the_database(tracked: Any, uri: str):
 
 def test_replaying_a_journal_doubles_nothing(tracked: Any, uri: str, client: MlflowClient):
     folder, events, before = tracked
+    points = {key: all_points(client, run) for key, run in before.items()}
+    assert all(len(set(found)) == len(found) for found in points.values())
     assert track(uri, folder, events) is None
     after = runs_of(client, folder)
     assert after.keys() == before.keys()
     for key, run in after.items():
         assert run.info.end_time == before[key].info.end_time
         assert run.data.to_dictionary() == before[key].data.to_dictionary()
-        for metric in run.data.metrics:
-            points = [(p.step, p.value) for p in client.get_metric_history(run.info.run_id, metric)]
-            assert len(set(points)) == len(points)
+        assert all_points(client, run) == points[key]
     assert len(table(client, after["sweep"])) == len(TICKETS)
 
 
@@ -391,6 +401,15 @@ def test_ui_command():
     assert ui_command("sqlite:////a b/m.db").endswith("--backend-store-uri 'sqlite:////a b/m.db'")
 
 
+def test_tickets_address(tracked: Any, uri: str):
+    _, _, runs = tracked
+    page = f"http://127.0.0.1:5000/#/experiments/{runs['sweep'].info.experiment_id}/runs?"
+    address = tickets_address(uri, "digits")
+    assert address.startswith(page)
+    assert "searchFilter=tags.%22raytickets.kind%22%20%3D%20%22ticket%22" in address
+    assert tickets_address(uri, "other").startswith("http://127.0.0.1:5000/#/experiments?")
+
+
 def test_prepare_store_names_what_cannot_be_used(tmp_path: Path):
     (tmp_path / "file").write_text("not a database")
     for uri in (
@@ -406,3 +425,29 @@ def test_prepare_store_names_what_cannot_be_used(tmp_path: Path):
             prepare_store(uri)
         assert time.monotonic() - started < 5
         assert "\n" not in str(caught.value)
+
+
+def test_a_ticket_retrained_after_the_end_shows_its_latest_figures(
+    uri: str, client: MlflowClient, tmp_path: Path
+):
+    events = [*sweep_events(tmp_path), *retraining("aaaa", 490_000, 0.91)]
+    assert track(uri, tmp_path, events) is None
+    runs = runs_of(client, tmp_path)
+    assert runs["sweep"].info.status == runs["aaaa"].info.status == "FINISHED"
+    assert runs["aaaa"].data.metrics["test_accuracy"] == 0.91
+
+
+def test_a_trajectory_that_is_run_again_doubles_nothing(
+    uri: str, client: MlflowClient, tmp_path: Path
+):
+    events = sweep_events(tmp_path)
+    failed = ended(HIGH, 1e-3, "failed", 0)
+    again = [event for event in events if event.get("trajectory") == HIGH]
+    end: Event = {"event": "end", "state": "done", "reason": ""}
+    assert track(uri, tmp_path, [events[0], failed, *again, *again, end]) is None
+    runs = runs_of(client, tmp_path)
+    assert set(runs) == {"sweep", HIGH, "cccc"}
+    assert history(client, runs[HIGH], "loss") == [(e, 2 / e) for e in range(1, 6)]
+    assert len(history(client, runs["cccc"], "proof_accuracy")) == 1
+    assert runs[HIGH].data.metrics["epochs"] == 6
+    assert len(table(client, runs["sweep"])) == 1
