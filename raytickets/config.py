@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -18,7 +18,12 @@ class InputError(ValueError):
     """Something the user gave cannot be used: names the field, the value and what is allowed."""
 
     def __init__(self, field: str, value: object, allowed: str):
-        super().__init__(f"{field}: {value!r} is not allowed: {allowed}")
+        super().__init__(field, value, allowed)
+
+    def __str__(self) -> str:
+        """One line, whatever value and reason hold."""
+        field, value, allowed = self.args
+        return " ".join(f"{field}: {value!r} is not allowed: {allowed}".split())
 
 
 def _number(name: str, value: object, *, above: float, below: float = math.inf, allowed: str):
@@ -31,16 +36,36 @@ def _whole(name: str, value: object, least: int):
         raise InputError(name, value, f"must be a whole number, at least {least}")
 
 
+def _seed(name: str, value: object):
+    _whole(name, value, 0)
+
+
 def _choice(name: str, value: object, choices: tuple):
     if value not in choices:
         raise InputError(name, value, f"must be one of {', '.join(choices)}")
 
 
-def _sequence(name: str, value: object):
+def _sequence(name: str, value: object, check: Callable[[str, Any], None]):
     if not isinstance(value, tuple) or not value:
         raise InputError(name, value, "must be a tuple of at least one value")
-    if len(set(value)) != len(value):
-        raise InputError(name, value, "each value may occur once")
+    for entry in value:
+        check(name, entry)
+    # Trajectories and tickets are told apart by these digits.
+    shown = {f"{entry:g}" if isinstance(entry, float) else str(entry) for entry in value}
+    if len(shown) != len(value):
+        raise InputError(name, value, "each value may occur once, to six digits")
+
+
+def _share(name: str, value: object):
+    _number(name, value, above=0, below=1, allowed="must be a number above 0 and below 1")
+
+
+def _positive(name: str, value: object):
+    _number(name, value, above=0, allowed="must be a finite number above 0")
+
+
+def _not_negative(name: str, value: object):
+    _number(name, value, above=-1e-300, allowed="must be a finite number, at least 0")
 
 
 def _kind(name: str, value: object, kind: type):
@@ -68,6 +93,11 @@ class Network:
         if not isinstance(self.name, str) or not self.name:
             raise InputError("network.name", self.name, "must be a network's name")
         _kind("network.options", self.options, Mapping)
+        try:
+            json.dumps(self.options, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            allowed = f"must hold plain values, as JSON does ({error})"
+            raise InputError("network.options", self.options, allowed) from error
 
 
 @dataclass(frozen=True)
@@ -97,15 +127,16 @@ class Data:
     def __post_init__(self):
         _choice("data.source", self.source, ("digits", "folder"))
         if self.source == "folder" and not isinstance(self.path, str):
-            raise InputError("data.path", self.path, "must be the folder of an ImageFolder")
+            raise InputError("data.path", self.path, "must be the path of a folder, as a string")
         if self.image_size is not None:
             _whole("data.image_size", self.image_size, 1)
-        for name in ("validation", "test"):
-            share = getattr(self, name)
-            _number(f"data.{name}", share, above=0, below=1, allowed="must be above 0 and below 1")
+        _share("data.validation", self.validation)
+        _share("data.test", self.test)
         if self.validation + self.test >= 1:
-            raise InputError("data.validation", self.validation, "no training images would be left")
+            allowed = f"must be below 1 together with data.test, which is {self.test}"
+            raise InputError("data.validation", self.validation, allowed)
         _whole("data.crop_padding", self.crop_padding, 0)
+        _kind("data.flip", self.flip, bool)
         if self.limit is not None:
             _whole("data.limit", self.limit, 10)
         _whole("data.split_seed", self.split_seed, 0)
@@ -126,8 +157,7 @@ class StopRule:
         _choice("stop_rule.rule", self.rule, get_args(Rule))
         _whole("stop_rule.window", self.window, 2)
         if self.threshold is not None:
-            allowed = "must be above 0 and below 1"
-            _number("stop_rule.threshold", self.threshold, above=0, below=1, allowed=allowed)
+            _share("stop_rule.threshold", self.threshold)
 
     @property
     def limit(self) -> float:
@@ -151,12 +181,14 @@ class Training:
     def validate(self, name: str):
         _whole(f"{name}.epochs", self.epochs, 1)
         _whole(f"{name}.batch_size", self.batch_size, 2)
-        _number(f"{name}.learning_rate", self.learning_rate, above=0, allowed="must be above 0")
+        _positive(f"{name}.learning_rate", self.learning_rate)
         allowed = "must be at least 0 and below 1"
         _number(f"{name}.momentum", self.momentum, above=-1e-300, below=1, allowed=allowed)
-        allowed = "must be at least 0"
-        _number(f"{name}.weight_decay", self.weight_decay, above=-1e-300, allowed=allowed)
+        _not_negative(f"{name}.weight_decay", self.weight_decay)
         _choice(f"{name}.schedule", self.schedule, get_args(Schedule))
+        _kind(f"{name}.milestones", self.milestones, tuple)
+        for milestone in self.milestones:
+            _whole(f"{name}.milestones", milestone, 1)
         if (self.schedule == "multistep") != bool(self.milestones):
             allowed = "`multistep` needs milestones and the other schedules take none"
             raise InputError(f"{name}.milestones", self.milestones, allowed)
@@ -191,8 +223,10 @@ class Resources:
 
     def __post_init__(self):
         _whole("resources.cpus_per_trial", self.cpus_per_trial, 1)
-        allowed = "must be at least 0"
-        _number("resources.gpus_per_trial", self.gpus_per_trial, above=-1e-300, allowed=allowed)
+        _not_negative("resources.gpus_per_trial", self.gpus_per_trial)
+        if self.gpus_per_trial > 1 and self.gpus_per_trial % 1:
+            allowed = "must be a whole number above 1, as Ray only shares single GPUs"
+            raise InputError("resources.gpus_per_trial", self.gpus_per_trial, allowed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,16 +271,9 @@ class SearchSpace:
             ("resources", Resources),
         ):
             _kind(name, getattr(self, name), kind)
-        _sequence("penalties", self.penalties)
-        for value in self.penalties:
-            _number("penalties", value, above=-1e-300, allowed="each must be a number, at least 0")
-        _sequence("prune_ratios", self.prune_ratios)
-        for value in self.prune_ratios:
-            allowed = "each must be above 0 and below 1"
-            _number("prune_ratios", value, above=0, below=1, allowed=allowed)
-        _sequence("seeds", self.seeds)
-        for value in self.seeds:
-            _whole("seeds", value, 0)
+        _sequence("penalties", self.penalties, _not_negative)
+        _sequence("prune_ratios", self.prune_ratios, _share)
+        _sequence("seeds", self.seeds, _seed)
         _whole("min_channels", self.min_channels, 1)
         _whole("winners", self.winners, 1)
         self.training.validate("training")
@@ -279,9 +306,9 @@ class SearchSpace:
         try:
             built = {name: part(**_tuples(values[name])) for name, part in parts.items()}
             return cls(**_tuples(values) | built)
-        except (KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError) as error:
             allowed = f"does not describe a search space ({error})"
-            raise InputError("space", dict(values), allowed) from error
+            raise InputError("space", values.get("name"), allowed) from error
 
     @property
     def fingerprint(self) -> str:

@@ -4,10 +4,14 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
+from rich import box
 from rich.console import Console, Group
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
+from raytickets.config import SearchSpace
 from raytickets.journal import Event
 from raytickets.ticket import Ticket, kept_channels
 
@@ -15,13 +19,12 @@ from raytickets.ticket import Ticket, kept_channels
 class Progress:
     """Shows a sweep's events as they come: tables that update, or lines if it is no terminal."""
 
-    def __init__(self, console: Console):
-        self._console = console
+    def __init__(self, console: Console, space: SearchSpace):
+        self._console, self._space = console, space
         self._live = Live(console=console, refresh_per_second=4)
-        self._status = console.status("checking space, data and network; starting Ray")
+        self._status = console.status("starting Ray")
         self._trajectories: dict[str, dict[str, Any]] = {}
         self._retraining: dict[str, Event] = {}
-        self._ratios: list[str] = []
 
     def __enter__(self) -> "Progress":
         self._status.start()
@@ -38,24 +41,18 @@ class Progress:
 
     def __call__(self, event: Event) -> None:
         kind = event["event"]
-        if kind == "sweep":
-            space = event["space"]
-            self._ratios = [f"{ratio:g}" for ratio in space["prune_ratios"]]
-            self._epochs = space["training"]["epochs"]
-            self._retraining_epochs = space["retraining"]["epochs"]
-        elif kind in ("check", "ticket", "trajectory"):
+        if kind in ("check", "ticket", "trajectory"):
             row = self._trajectories.setdefault(event["trajectory"], {"tickets": {}})
             if kind == "ticket":
-                row["tickets"][f"{event['prune_ratio']:g}"] = event
+                row["tickets"][event["prune_ratio"]] = event
             else:
                 row[kind] = event
         elif kind in ("epoch", "retrained"):
             self._retraining[event["run"]] = self._retraining.get(event["run"], {}) | event
-        if not self._console.is_terminal:
+        if not self._console.is_terminal or kind == "owed":
             if line := self._line(event):
-                self._console.print(line, highlight=False, soft_wrap=True)
-            return
-        if self._trajectories or self._retraining:
+                self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        elif self._trajectories or self._retraining:
             self._status.stop()
             self._live.start()
             self._live.update(self._tables())
@@ -65,8 +62,8 @@ class Progress:
             case "check":
                 distances = "  ".join(f"{r}: {_distance(d)}" for r, d in event["distances"].items())
                 return (
-                    f"{event['trajectory']}  epoch {event['epoch']}/{self._epochs}"
-                    f"  validation {event['validation_accuracy']:.1%}  distance {distances}"
+                    f"{event['trajectory']}  epoch {event['epoch']}/{self._space.training.epochs}"
+                    f"  validation {event['validation_accuracy']:.1%}  mask distance {distances}"
                 )
             case "ticket":
                 return (
@@ -78,7 +75,8 @@ class Progress:
                 return f"{event['trajectory']}  {event['state']}{reason}"
             case "epoch":
                 return (
-                    f"retraining {event['run']}  epoch {event['epoch']}/{self._retraining_epochs}"
+                    f"retraining {event['run']}"
+                    f"  epoch {event['epoch']}/{self._space.retraining.epochs}"
                     f"  validation {event['validation_accuracy']:.1%}"
                 )
             case "retrained":
@@ -88,43 +86,71 @@ class Progress:
         return None
 
     def _tables(self) -> Group:
-        search = Table(title="Trajectories: mask distance, or the ticket's proof accuracy")
-        for name in ("penalty, seed", "epoch", "loss", "validation"):
-            search.add_column(name, justify="right")
-        for ratio in self._ratios:
-            search.add_column(f"prune {ratio}", justify="right")
-        search.add_column("state")
-        for name, row in self._trajectories.items():
+        parts = [self._search()] if self._trajectories else []
+        return Group(*parts, *([self._retrainings()] if self._retraining else []))
+
+    def _search(self) -> Group:
+        ratios = self._space.prune_ratios
+        seeds = ["seed"] if len(self._space.seeds) > 1 else []
+        prune = [f"prune\n{ratio:g}" for ratio in ratios]
+        headers = ["penalty", *seeds, "epoch", "validation", *prune]
+        table = _table("Search", headers, right=headers)
+        table.add_column("state", min_width=len("converged"))
+        shown = self._trajectories
+        rule = self._space.stop_rule
+        notes = [
+            f"Under each prune ratio: the mask distance (- before epoch {rule.window}) until it is"
+            f" at most {rule.limit:g}, then the ticket's proof accuracy @ draw epoch."
+        ]
+        if len(shown) > self._console.height // 2:
+            shown = {name: row for name, row in shown.items() if "trajectory" not in row}
+            notes.append(f"{len(self._trajectories) - len(shown)} trajectories have ended.")
+        for name, row in shown.items():
             check, ended = row.get("check"), row.get("trajectory")
-            cells = [name, "", "", ""]
-            if check is not None:
-                cells[1:] = [
-                    f"{check['epoch']}/{self._epochs}",
-                    f"{check['loss']:.3f}",
-                    f"{check['validation_accuracy']:.1%}",
-                ]
-            for ratio in self._ratios:
-                ticket = row["tickets"].get(ratio)
-                cells.append(
-                    f"[green]{ticket['proof_accuracy']:.1%} @{ticket['draw_epoch']}[/]"
-                    if ticket
-                    else _distance(check["distances"][ratio] if check else None)
-                )
-            search.add_row(*cells, ended["state"] if ended else "training")
-        if not self._retraining:
-            return Group(search)
-        retraining = Table(title="Retraining")
-        for name in ("run", "epoch", "loss", "validation", "test"):
-            retraining.add_column(name, justify="right")
+            penalty, seed = name.removeprefix("penalty").rsplit("-seed")
+            cells = [penalty, seed] if seeds else [penalty]
+            if check:
+                cells.append(f"{check['epoch']}/{self._space.training.epochs}")
+                cells.append(f"{check['validation_accuracy']:.1%}")
+            else:
+                cells += ["", ""]
+            for ratio in ratios:
+                if ticket := row["tickets"].get(ratio):
+                    drawn = f"{ticket['proof_accuracy']:.1%} @{ticket['draw_epoch']}"
+                    cells.append(f"[green]{drawn}[/]")
+                else:
+                    cells.append(_distance(check["distances"][f"{ratio:g}"] if check else None))
+            table.add_row(*cells, ended["state"] if ended else "training")
+        return Group(table, *map(Text, notes), "")
+
+    def _retrainings(self) -> Table:
+        headers = ["network", "epoch", "loss", "validation", "test"]
+        table = _table("Retraining", headers, right=headers[1:])
         for run, event in self._retraining.items():
-            retraining.add_row(
+            table.add_row(
                 run,
-                f"{event['epoch']}/{self._retraining_epochs}",
-                f"{event['loss']:.3f}",
+                f"{event.get('epoch', event.get('epochs'))}/{self._space.retraining.epochs}",
+                f"{event['loss']:.3f}" if "loss" in event else "",
                 f"{event['validation_accuracy']:.1%}",
                 f"{event['test_accuracy']:.1%}" if "test_accuracy" in event else "",
             )
-        return Group(search, retraining)
+        return table
+
+
+def _table(title: str, headers: list[str], right: list[str]) -> Table:
+    """A table that fits 80 columns: two blanks between columns, and words are wrapped, not cut."""
+    table = Table(
+        title=title,
+        title_style="bold",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        show_edge=False,
+    )
+    for header in headers:
+        longest = max(map(len, header.split()), default=0)
+        table.add_column(header, justify="right" if header in right else "left", min_width=longest)
+    return table
 
 
 def _distance(distance: float | None) -> str:
@@ -133,49 +159,54 @@ def _distance(distance: float | None) -> str:
 
 def report_table(report: Mapping[str, Any]) -> Group:
     """A sweep's result: the dense reference and each winner, and what the search cost."""
-    table = Table(title=f"{report['name']}: winners against the dense reference")
-    table.add_column("network")
-    for name in ("penalty", "prune ratio", "drawn", "test", "MACs", "params", "training MACs"):
-        table.add_column(name, justify="right")
+    ticket = ["penalty", "prune\nratio", "draw\nepoch"]
+    headers = ["network", *ticket, "test", "MACs", "params", "cost"]
+    table = _table(f"{report['name']}: {report['state']}", headers, right=headers[1:])
     dense = report["dense"]
     for row in [dense, *report["winners"]]:
         winner = row is not dense
         table.add_row(
-            f"ticket {row['run']}" if winner else "dense",
+            row["run"],
             f"{row['penalty']:g}" if winner else "",
             f"{row['prune_ratio']:g}" if winner else "",
-            f"epoch {row['draw_epoch']}" if winner else "",
-            "not yet" if row["test_accuracy"] is None else f"{row['test_accuracy']:.2%}",
+            str(row["draw_epoch"]) if winner else "",
+            "-" if row["test_accuracy"] is None else f"{row['test_accuracy']:.2%}",
             _relative(row["macs"], dense["macs"]),
             _relative(row["params"], dense["params"]),
-            "not yet" if row["relative_cost"] is None else f"{row['relative_cost']:.0%}",
+            "-" if row["relative_cost"] is None else f"{row['relative_cost']:.0%}",
         )
     tickets, trajectories = report["tickets"], report["trajectories"]
-    lines = [
-        "Training MACs are relative to the dense reference's; a winner's are its retraining and an"
-        " equal share of the whole search.",
-        f"{len(tickets)} tickets from {len(trajectories)} trajectories; sweep {report['state']}.",
-    ]
+    legend = Table.grid(padding=(0, 2, 0, 0))
+    for header, meaning in _LEGEND.items():
+        legend.add_row(header, meaning)
+    summary = f"Trajectories: {len(trajectories)}. Tickets: {len(tickets)}."
     if report["sweep_cost"] is not None:
-        lines[-1] += (
-            f" Search and all winners' retraining together: {report['sweep_cost']:.0%} of one"
-            " dense training."
-        )
+        summary += f" Cost of the search and of all winners' retraining: {report['sweep_cost']:.0%}"
+    lines = ["", summary]
     for event in trajectories:
         left = [f"{ratio} {s}" for ratio, s in event["ratios"].items() if s != "drawn"]
         if left:
             reason = f" ({event['reason']})" if event["reason"] else ""
             lines.append(f"{event['trajectory']}: prune ratio {', '.join(left)}{reason}")
-    return Group(table, *lines)
+    return Group(table, "", legend, *map(Text, lines))
+
+
+_LEGEND = {
+    "test": "accuracy on the test images",
+    "MACs": "of one image forward; % is of the dense network's, as for params",
+    "cost": "MACs of training, % of the dense network's; a winner's are its retraining and an"
+    " equal share of the search",
+}
 
 
 def _relative(value: int, dense: int) -> str:
-    return f"{_short(value)} ({value / dense:.0%})"
+    return f"{_short(value)} {value / dense:4.0%}"
 
 
 def _short(value: float) -> str:
+    """Three digits: 918k, 2.38M."""
     for unit in ("", "k", "M", "G"):
-        if value < 1000:
+        if value < 999.5:
             return f"{value:.3g}{unit}"
         value /= 1000
     return f"{value:.3g}T"
@@ -185,27 +216,31 @@ def ticket_table(ticket: Ticket) -> Group:
     """A ticket: how it was found, and the channels it keeps in each group."""
     manifest = ticket.manifest
     rule, draw = manifest["stop_rule"], manifest["draw"]
-    facts = Table(title=f"Ticket {ticket.id}", show_header=False)
     options = "".join(f" {name}={value}" for name, value in manifest["network"]["options"].items())
-    for name, value in (
-        ("network", manifest["network"]["name"] + options),
-        ("found in", manifest["space"]["name"]),
-        ("penalty", f"{manifest['penalty']:g}"),
-        ("prune ratio", f"{manifest['prune_ratio']:g}"),
-        ("learning rate", f"{manifest['learning_rate']:g}"),
-        ("seed", str(manifest["seed"])),
-        ("drawn", f"epoch {draw['epoch']}, check {draw['check']}"),
-        ("stop rule", f"{rule['rule']}, window {rule['window']}, threshold {rule['threshold']:g}"),
-        ("distances", ", ".join(f"{distance:.3f}" for distance in rule["distances"])),
-        ("floor acted on", ", ".join(manifest["min_channels"]["acted_on"]) or "no group"),
-        ("MACs", f"{manifest['macs']:,}"),
-        ("params", f"{manifest['params']:,}"),
-        *manifest.get("retrained", {}).items(),
-    ):
-        facts.add_row(name, str(value))
-    groups = Table(title="Kept channels")
-    for name in ("group", "kept", "of", ""):
-        groups.add_column(name, justify="left" if name in ("group", "") else "right")
+    facts = {
+        "network": manifest["network"]["name"] + options,
+        "found in": manifest["space"]["name"],
+        "penalty": f"{manifest['penalty']:g}",
+        "prune ratio": f"{manifest['prune_ratio']:g}",
+        "learning rate": f"{manifest['learning_rate']:g}",
+        "seed": manifest["seed"],
+        "drawn": f"epoch {draw['epoch']}, check {draw['check']}",
+        "stop rule": f"{rule['rule']}, window {rule['window']}, threshold {rule['threshold']:g}",
+        "distances": ", ".join(f"{distance:.3f}" for distance in rule["distances"]),
+        "floor acted on": ", ".join(manifest["min_channels"]["acted_on"]) or "no group",
+        "MACs": f"{manifest['macs']:,}",
+        "params": f"{manifest['params']:,}",
+    }
+    if retrained := manifest.get("retrained"):
+        facts["retrained from"] = retrained["from"]
+        facts["retrained for"] = f"{retrained['epochs']} epochs"
+        facts["validation"] = f"{retrained['validation_accuracy']:.2%}"
+        facts["test"] = f"{retrained['test_accuracy']:.2%}"
+    table = _table(f"Ticket {ticket.id}", ["", " "], right=[])
+    table.show_header = False
+    for name, value in facts.items():
+        table.add_row(name, escape(str(value)))
+    groups = _table("Kept channels", ["group", "kept", "of", ""], right=["kept", "of"])
     for name, (kept, width) in kept_channels(manifest).items():
         groups.add_row(name, str(kept), str(width), "█" * round(24 * kept / width))
-    return Group(facts, groups)
+    return Group(table, "", groups)

@@ -3,10 +3,12 @@
 import contextlib
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 # Under `uv run` Ray would build a new environment for every worker; a sweep's workers are to run
 # in the one that the driver has. In place of Tune's own files, boxes and Ctrl-C handler there are
@@ -136,12 +138,18 @@ def _cluster(space: SearchSpace) -> Iterator[int]:
     """Ray, if it does not run yet: how many retraining workers it has room for."""
     started = not ray.is_initialized()
     if started:
-        local = not os.environ.get("RAY_ADDRESS")
-        ray.init(
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            include_dashboard=False if local else None,
-        )
+        address = os.environ.get("RAY_ADDRESS")
+        try:
+            if address and (place := urlsplit(f"//{address.removeprefix('ray://')}")).port:
+                # Ray itself waits for minutes for a head node that is not there.
+                socket.create_connection((place.hostname, place.port), timeout=5).close()
+            ray.init(
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                include_dashboard=None if address else False,
+            )
+        except OSError as error:
+            raise InputError("RAY_ADDRESS", address, f"no Ray cluster answers ({error})") from error
     try:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         asked = {"CPU": space.resources.cpus_per_trial, "GPU": space.resources.gpus_per_trial}

@@ -1,18 +1,19 @@
 """What a sweep is going to do, checked before Ray starts and with nothing slow to import."""
 
+import contextlib
 import re
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from raytickets import cost
 from raytickets.config import InputError, SearchSpace
-from raytickets.data import DataSet, Shape, describe, load_data
 from raytickets.journal import Event
-from raytickets.models import check_network
-from raytickets.shrink import UnsupportedNetwork, channel_groups, check_prunable
-from raytickets.sweep import Sweep, first
-from raytickets.ticket import package_versions
+from raytickets.sweep import Sweep
+
+if TYPE_CHECKING:
+    from raytickets.data import DataSet, Shape
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Plan:
 
     space: SearchSpace
     folder: Path
-    dataset: DataSet
+    dataset: "DataSet"
     opening: Event
 
 
@@ -31,17 +32,32 @@ def make_plan(
     """Check folder, network and data, and read the data; InputError if something cannot be used."""
     name = name or f"{space.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = _writable_folder(storage, name)
+    try:
+        return _checked(space, folder)
+    except InputError:
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # Only if nothing is in it.
+        raise
+
+
+def _checked(space: SearchSpace, folder: Path) -> Plan:
     before = _opening(folder, space)
+
+    # torch takes seconds to import: what needs none is refused before it.
+    from raytickets.data import describe, load_data
+    from raytickets.ticket import package_versions
+
     # Names and one image are enough to judge the network, and reading all images may take long.
     summary = _check_network(space, describe(space.data))
     dataset = load_data(space.data)
-    batch = max(recipe.batch_size for recipe in (space.training, space.proof, space.retraining))
-    if batch > len(dataset.train):
-        allowed = f"there are {len(dataset.train)} training images"
-        raise InputError("training.batch_size", batch, allowed)
+    for name in ("training", "proof", "retraining"):
+        batch = getattr(space, name).batch_size
+        if batch > len(dataset.train):
+            allowed = f"must be at most {len(dataset.train)}, the number of training images"
+            raise InputError(f"{name}.batch_size", batch, allowed)
     opening = {
         "event": "sweep",
-        "name": name,
+        "name": folder.name,
         "space": space.as_dict(),
         "fingerprint": space.fingerprint,
         **summary,
@@ -54,13 +70,16 @@ def make_plan(
         "versions": package_versions(),
     }
     if before is not None and before["data"] != opening["data"]:
-        raise InputError("data", space.data.path, "the images are not those the sweep began with")
+        allowed = "the images are not those that the sweep began with; choose a new name"
+        raise InputError("data.path", space.data.path, allowed)
     return Plan(space, folder, dataset, before or opening)
 
 
 def _writable_folder(storage: str | Path, name: str) -> Path:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise InputError("name", name, "must be letters, digits, '.', '-' and '_'")
+    if re.match(r"\w+:/", str(storage)):
+        raise InputError("storage", str(storage), "must be a folder, no address")
     folder = Path(storage).expanduser().resolve() / name
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -74,18 +93,32 @@ def _writable_folder(storage: str | Path, name: str) -> Path:
 
 def _opening(folder: Path, space: SearchSpace) -> Event | None:
     """The first event of a sweep to go on with, None for a new one."""
-    if not (folder / "journal.jsonl").exists() or not (events := Sweep(folder).events()):
+    sweep = Sweep(folder)
+    if not (folder / "journal.jsonl").exists() or not sweep.events():
         return None
-    opening = first(events, "sweep")
+    opening = sweep.opening()
     if opening["fingerprint"] != space.fingerprint:
-        before, now = opening["space"], space.as_dict()
-        changed = [name for name in now if before.get(name) != now[name]]
+        before, now = _fields(opening["space"]), _fields(space.as_dict())
+        changed = [name for name in before | now if before.get(name) != now.get(name)]
         allowed = f"this sweep began with another {', '.join(changed)}; choose a new name"
         raise InputError("name", folder.name, allowed)
     return opening
 
 
-def _check_network(space: SearchSpace, shape: Shape) -> Event:
+def _fields(space: Mapping[str, Any]) -> dict[str, Any]:
+    """A space's fields with those of its parts, as `training.epochs`."""
+    fields = {}
+    for name, value in space.items():
+        part = value if isinstance(value, Mapping) else {"": value}
+        fields |= {f"{name}.{inner}".rstrip("."): entry for inner, entry in part.items()}
+    return fields
+
+
+def _check_network(space: SearchSpace, shape: "Shape") -> Event:
+    from raytickets import cost
+    from raytickets.models import check_network
+    from raytickets.shrink import UnsupportedNetwork, channel_groups, check_prunable
+
     network = check_network(
         space.network,
         in_channels=shape.channels,

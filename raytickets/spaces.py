@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def load_space(spec: str, *, smoke: bool = False) -> SearchSpace:
     if source.endswith(".py"):
         function = _function(spec, _load_file(spec, Path(source)), name or FUNCTION)
     elif name:
-        function = _function(spec, _load_module(spec, source), name)
+        function = _function(spec, _run(spec, lambda: importlib.import_module(source)), name)
     elif source in built_in():
         function = _function(spec, _load_file(spec, built_in()[source]), FUNCTION)
     else:
@@ -48,12 +49,7 @@ def load_space(spec: str, *, smoke: bool = False) -> SearchSpace:
 
     if smoke and "smoke" not in inspect.signature(function).parameters:
         raise InputError("smoke", True, f"the function of {spec} takes no argument `smoke`")
-    try:
-        space = function(smoke=True) if smoke else function()
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError("space", spec, f"raised {type(error).__name__}: {error}") from error
+    space = _run(spec, lambda: function(smoke=True) if smoke else function())
     if not isinstance(space, SearchSpace):
         allowed = f"must return a SearchSpace, not {type(space).__name__}"
         raise InputError("space", spec, allowed)
@@ -74,24 +70,27 @@ def _load_file(spec: str, path: Path):
     loader = found.loader
     assert loader is not None
     module = importlib.util.module_from_spec(found)
-    _import(spec, lambda: loader.exec_module(module))
+    # Dataclasses look the module of a class up by its name.
+    sys.modules[module.__name__] = module
+    _run(spec, lambda: loader.exec_module(module))
     return module
 
 
-def _load_module(spec: str, name: str):
-    return _import(spec, lambda: importlib.import_module(name))
-
-
-def _import(spec: str, load: Callable[[], object]):
+def _run(spec: str, code: Callable[[], object]):
+    """What the user's code returns; what it raises as an InputError that says where."""
     try:
-        return load()
+        return code()
     except InputError:
         raise
     except SyntaxError as error:
-        allowed = f"has a syntax error in line {error.lineno}: {error.msg}"
+        allowed = f"syntax error in line {error.lineno} of {error.filename}: {error.msg}"
         raise InputError("space", spec, allowed) from error
-    except Exception as error:
-        allowed = f"cannot be imported ({type(error).__name__}: {error})"
+    except (Exception, SystemExit) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        not_theirs = {__file__, importlib.__file__}
+        theirs = [f for f in frames if Path(f.filename).is_file() and f.filename not in not_theirs]
+        where = "".join(f" in line {frame.lineno} of {frame.filename}" for frame in theirs[:1])
+        allowed = f"raised {type(error).__name__}{where}: {error}"
         raise InputError("space", spec, allowed) from error
 
 

@@ -29,10 +29,18 @@ class Sweep:
         except OSError as error:
             allowed = "must be the folder of a sweep, which holds journal.jsonl"
             raise InputError("sweep", str(self.path), allowed) from error
+        except ValueError as error:
+            raise InputError("sweep", str(self.path), f"its journal is damaged: {error}") from error
+
+    def opening(self) -> Event:
+        """The journal's `sweep` event; InputError if there is none."""
+        for event in select(self.events(), "sweep"):
+            return event
+        raise InputError("sweep", str(self.path), "its journal is empty: it never began")
 
     def space(self) -> SearchSpace:
         """The search space as it was when the sweep began."""
-        return SearchSpace.from_dict(first(self.events(), "sweep")["space"])
+        return SearchSpace.from_dict(self.opening()["space"])
 
     def report(self) -> dict[str, Any]:
         """What was found and what it cost, as plain JSON values.
@@ -40,14 +48,14 @@ class Sweep:
         `name`, `space`, `state` (done, failed or unfinished), `dense` and `winners` (rows),
         `tickets` (every `ticket` event), `trajectories` (every `trajectory` event), `search_macs`
         (training of all trajectories and proofs), `sweep_cost` (all training of the sweep, without
-        the reference's own, relative to the reference's). A row has `run`, `penalty`,
-        `prune_ratio`, `seed`, `draw_epoch`, `macs`, `params`, `proof_accuracy`,
-        `validation_accuracy`, `test_accuracy`, `train_macs` (its own retraining) and
-        `relative_cost`: its retraining and an equal share of the whole search, relative to the
-        reference's training. What is not known yet is null.
+        the reference's own, relative to the reference's). A row has `run`, `path` (of the retrained
+        ticket, relative to the sweep), `penalty`, `prune_ratio`, `seed`, `draw_epoch`, `macs`,
+        `params`, `proof_accuracy`, `validation_accuracy`, `test_accuracy`, `train_macs` (its own
+        retraining) and `relative_cost`: its retraining and an equal share of the whole search,
+        relative to the reference's training. What is not known yet is null.
         """
         events = self.events()
-        opening = first(events, "sweep")
+        opening = self.opening()
         tickets = {e["ticket"]: e for e in select(events, "ticket")}
         trajectories = {e["trajectory"]: e for e in select(events, "trajectory")}
         retrained = {e["run"]: e for e in select(events, "retrained")}
@@ -65,6 +73,7 @@ class Sweep:
             relative = None if None in (spent, dense_macs) else (spent + share) / dense_macs
             return {
                 "run": run,
+                "path": done.get("path"),
                 **{
                     name: ticket.get(name)
                     for name in ("penalty", "prune_ratio", "seed", "draw_epoch", "proof_accuracy")
@@ -94,11 +103,3 @@ class Sweep:
 def select(events: Iterable[Event], kind: str) -> list[Event]:
     """The events of one kind, in order."""
     return [event for event in events if event["event"] == kind]
-
-
-def first(events: Iterable[Event], kind: str) -> Event:
-    """The first event of one kind; InputError if there is none."""
-    for event in events:
-        if event["event"] == kind:
-            return event
-    raise InputError("sweep", kind, "the journal has no such event")

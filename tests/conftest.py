@@ -1,3 +1,4 @@
+import gc
 import logging
 import os
 import sys
@@ -5,6 +6,7 @@ import sys
 import hypothesis
 import pytest
 import torch
+from made_up_space import NETS, source, stand_in_for_ray
 
 # The tests' arrays are small: several threads would only wait for each other.
 torch.set_num_threads(1)
@@ -53,3 +55,44 @@ def working_folder(tmp_path, monkeypatch):
     for name, module in list(sys.modules.items()):
         if str(getattr(module, "__file__", "")).startswith(str(tmp_path)):
             del sys.modules[name]
+
+
+@pytest.fixture
+def folder(working_folder, image_folder):
+    """A working folder with a good space and its images."""
+    image_folder({"cat": 20, "dog": 20})
+    (working_folder / "mine.py").write_text(source())
+    (working_folder / "nets.py").write_text(NETS)
+    return working_folder
+
+
+@pytest.fixture
+def cli(capsys, monkeypatch):
+    """`cli("report", "x")` is the exit code of `raytickets report x`, its output and its errors."""
+
+    from raytickets.cli import main
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["raytickets", *words])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        gc.enable()
+        return ended.value.code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def refusal(cli, monkeypatch):
+    """`refusal("search", "x")` is the one line with which bad input ends, before Ray starts."""
+    stand_in_for_ray(monkeypatch, lambda *_, **__: pytest.fail("Ray was reached"))
+
+    def call(*words):
+        code, output, errors = cli(*words)
+        assert code == 2
+        assert output == ""
+        assert errors.count("\n") == 1
+        assert errors.startswith("raytickets: ")
+        return errors.removeprefix("raytickets: ").rstrip()
+
+    return call

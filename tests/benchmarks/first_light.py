@@ -78,7 +78,9 @@ def main() -> None:
         )
     print("\n" + "\n".join(lines))
     packages = ", ".join(f"{name} {version(name)}" for name in ("ray", "torch", "torch-pruning"))
-    print(f"{os.cpu_count()} cores ({platform.machine()}), load {os.getloadavg()[0]:.1f}, {packages}")
+    print(
+        f"{os.cpu_count()} cores ({platform.machine()}), load {os.getloadavg()[0]:.1f}, {packages}"
+    )
 
 
 if __name__ == "__main__":

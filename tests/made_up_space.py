@@ -1,0 +1,52 @@
+"""A space as a user would write it, and a stand-in for what would run it."""
+
+import sys
+from types import SimpleNamespace
+
+FIELDS = {
+    "name": "'mine'",
+    "network": "Network('cifar_vgg', {'depth': 9, 'width': 0.125})",
+    "data": "Data('folder', 'images')",
+    "penalties": "(1e-4,)",
+    "prune_ratios": "(0.3, 0.5)",
+    "training": "Training(epochs=5, batch_size=8)",
+    "proof": "Training(epochs=1, batch_size=8)",
+    "retraining": "Retraining(epochs=5, batch_size=8)",
+}
+IMPORTS = "from raytickets.config import *\n"
+NETS = """
+from torch import nn
+
+def nothing(num_classes, in_channels):
+    return None
+
+def plain(num_classes, in_channels):
+    return nn.Sequential(nn.Conv2d(in_channels, num_classes, 8), nn.Flatten())
+
+def headless(num_classes, in_channels):
+    return nn.Sequential(nn.Conv2d(in_channels, 4, 3), nn.BatchNorm2d(4))
+
+def broken(num_classes, in_channels):
+    raise ValueError("no weights\\nat all")
+
+def narrow(num_classes, in_channels):
+    return nn.Sequential(nn.BatchNorm2d(in_channels), nn.Flatten(), nn.Linear(12, num_classes))
+"""
+
+
+def source(**fields):
+    """A space's file, with these expressions for its fields."""
+    lines = [f"        {name}={value}," for name, value in (FIELDS | fields).items()]
+    return "\n".join([IMPORTS, "def space():", "    return SearchSpace(", *lines, "    )", ""])
+
+
+class Failed(RuntimeError):
+    pass
+
+
+def stand_in_for_ray(monkeypatch, run):
+    """Ray and MLflow take seconds to import: `run` takes the driver's place."""
+    driver = SimpleNamespace(run=run, retrain_ticket=run, SweepFailed=Failed)
+    tracking = SimpleNamespace(resolve_uri=str, ui_command="mlflow ui {}".format)
+    monkeypatch.setitem(sys.modules, "raytickets.driver", driver)
+    monkeypatch.setitem(sys.modules, "raytickets.tracking", tracking)

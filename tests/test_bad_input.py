@@ -1,0 +1,251 @@
+"""Bad input ends in one line with field, value and what is allowed, and before Ray starts."""
+
+import re
+import shutil
+
+import pytest
+from made_up_space import source
+from made_up_sweep import FINISHED, write
+
+SPACES = [
+    ({"prune_ratios": "(0,)"}, r"prune_ratios: 0 .* above 0 and below 1"),
+    ({"prune_ratios": "(1,)"}, r"prune_ratios: 1 .* above 0 and below 1"),
+    ({"prune_ratios": "(0.5, 1.2)"}, r"prune_ratios: 1\.2 .* above 0 and below 1"),
+    ({"prune_ratios": "(-0.3,)"}, r"prune_ratios: -0\.3 .* above 0 and below 1"),
+    ({"prune_ratios": "(float('nan'),)"}, "prune_ratios: nan .* above 0 and below 1"),
+    ({"prune_ratios": "(True,)"}, "prune_ratios: True .* a number above 0"),
+    ({"prune_ratios": "('30%',)"}, "prune_ratios: '30%' .* a number above 0"),
+    ({"prune_ratios": "(0.5, 0.5)"}, r"prune_ratios: \(0.5, 0.5\) .* may occur once"),
+    ({"prune_ratios": "()"}, r"prune_ratios: \(\) .* tuple of at least one value"),
+    ({"prune_ratios": "0.5"}, r"prune_ratios: 0\.5 .* tuple of at least one value"),
+    ({"prune_ratios": "[0.5]"}, r"prune_ratios: \[0\.5\] .* tuple of at least one value"),
+    ({"penalties": "(-1e-4,)"}, r"penalties: -0\.0001 .* at least 0"),
+    ({"penalties": "(float('inf'),)"}, "penalties: inf .* finite number, at least 0"),
+    ({"penalties": "(1e-4, '1e-3')"}, "penalties: '1e-3' .* number, at least 0"),
+    ({"seeds": "(-1,)"}, "seeds: -1 .* whole number, at least 0"),
+    ({"seeds": "(None,)"}, "seeds: None .* whole number, at least 0"),
+    ({"name": "'my space'"}, "name: 'my space' .* letters, digits"),
+    ({"min_channels": "0"}, "min_channels: 0 .* at least 1"),
+    ({"winners": "0"}, "winners: 0 .* at least 1"),
+    ({"stop_rule": "StopRule(window=1)"}, r"stop_rule\.window: 1 .* at least 2"),
+    ({"stop_rule": "StopRule(threshold=0)"}, r"stop_rule\.threshold: 0 .* above 0 and below 1"),
+    ({"stop_rule": "StopRule('papers')"}, "stop_rule.rule: 'papers' .* corrected, paper"),
+    ({"stop_rule": "None"}, "stop_rule: None .* must be a StopRule"),
+    (
+        {"training": "Training(epochs=4)"},
+        r"training\.epochs: 4 .* at least stop_rule\.window, which is 5",
+    ),
+    ({"proof": "Training(epochs=0)"}, r"proof\.epochs: 0 .* at least 1"),
+    ({"training": "Training(epochs=7.5)"}, r"training\.epochs: 7\.5 .* whole number"),
+    (
+        {"training": "Training(epochs=9, learning_rate=0)"},
+        r"training\.learning_rate: 0 .* above 0",
+    ),
+    ({"training": "Training(epochs=9, momentum=1.0)"}, r"training\.momentum: 1\.0 .* below 1"),
+    ({"training": "Training(epochs=9, batch_size=1)"}, r"training\.batch_size: 1 .* at least 2"),
+    (
+        {"training": "Training(epochs=9, batch_size=64)"},
+        r"training\.batch_size: 64 .* at most 28, the number of training images",
+    ),
+    (
+        {"training": "Training(epochs=9, milestones=(3,))"},
+        r"training\.milestones: \(3,\) .* `multistep` needs milestones",
+    ),
+    (
+        {"retraining": "Retraining(epochs=9, schedule='multistep')"},
+        r"retraining\.milestones: \(\) .* `multistep` needs milestones",
+    ),
+    (
+        {"retraining": "Retraining(epochs=9, num_workers=3)"},
+        r"retraining\.num_workers: 3 .* divide retraining\.batch_size, which is 64",
+    ),
+    ({"retraining": "Retraining(epochs=9, weights='old')"}, "weights: 'old' .* inherit, reinit"),
+    ({"retraining": "Training(epochs=9)"}, r"retraining: Training\(.* must be a Retraining"),
+    ({"resources": "Resources(cpus_per_trial=0)"}, "cpus_per_trial: 0 .* at least 1"),
+    ({"resources": "Resources(gpus_per_trial=-1)"}, "gpus_per_trial: -1 .* at least 0"),
+    ({"network": "'cifar_vgg'"}, "network: 'cifar_vgg' .* must be a Network"),
+    ({"network": "Network('cifar_vg')"}, r"network\.name: 'cifar_vg' .* did you mean cifar_vgg"),
+    ({"network": "Network('resnet19')"}, r"network\.name: 'resnet19' .* did you mean resnet"),
+    ({"network": "Network('unheard-of')"}, "'unheard-of' .* no such network; There are cifar_"),
+    ({"network": "Network('vgg16')"}, r"network\.name: 'vgg16' .* no BatchNorm2d"),
+    ({"network": "Network('shufflenet_v2_x1_0')"}, "'shufflenet_v2_x1_0' .* cannot trace"),
+    (
+        {"network": "Network('cifar_vgg', {'depth': 16, 'width': 0.125})"},
+        r"network\.name: 'cifar_vgg' .* images of 3x8x8, but fails with",
+    ),
+    (
+        {"network": "Network('cifar_vgg', {'depth': 10})"},
+        r"network\.options: \{'depth': 10\} .* depth must be one of 9, 11",
+    ),
+    ({"network": "Network('cifar_vgg', {'layers': 9})"}, "network.options: .* 'layers'"),
+    ({"network": "Network('cifar_vgg', {'width': open})"}, "network.options: .* plain values"),
+    ({"network": "Network('nest:tiny')"}, "network.name: 'nest:tiny' .* No module named 'nest'"),
+    ({"network": "Network('nets:tiny')"}, "network.name: 'nets:tiny' .* no function 'tiny'"),
+    ({"network": "Network('nets:nothing')"}, r"must return a torch\.nn\.Module, not NoneType"),
+    ({"network": "Network('nets:plain')"}, "'nets:plain' .* no BatchNorm2d"),
+    ({"network": "Network('nets:headless')"}, r"must give \[2, 2\] logits .* not \[2, 4, 6, 6\]"),
+    ({"network": "Network('nets:broken')"}, "network.options: .* nets:broken: no weights at all"),
+    ({"network": "Network('nets:narrow')"}, "images of 3x8x8, but fails with: .*mat1 and mat2"),
+    ({"data": "Data('cifar10')"}, r"data\.source: 'cifar10' .* digits, folder"),
+    ({"data": "Data('folder')"}, r"data\.path: None .* path of a folder"),
+    ({"data": "Data('folder', 'pictures')"}, r"data\.path: 'pictures' .* must be a folder with"),
+    ({"data": "Data('folder', 'images', image_size=0)"}, r"data\.image_size: 0 .* at least 1"),
+    ({"data": "Data('folder', 'images', image_size=10**6)"}, "image_size: 1000000 .* memory"),
+    ({"data": "Data('folder', 'images', crop_padding=-1)"}, r"data\.crop_padding: -1 .* at least"),
+    ({"data": "Data('folder', 'images', validation=0)"}, r"data\.validation: 0 .* above 0"),
+    ({"data": "Data('folder', 'images', validation=0.01)"}, r"data\.validation: 0\.01 .* without"),
+    (
+        {"data": "Data('folder', 'images', test=0.95)"},
+        r"data\.validation: 0\.1 .* below 1 together",
+    ),
+    ({"ratios": "(0.5,)"}, r"space: 'mine\.py' .* TypeError in line 4 .* argument 'ratios'"),
+    ({"proof": "Training(epoch=5)"}, r"space: 'mine\.py' .* TypeError in line \d+ .* 'epoch'"),
+]
+
+
+@pytest.mark.parametrize(("fields", "said"), SPACES, ids=[said for _, said in SPACES])
+def test_a_space_that_cannot_be_used(folder, refusal, fields, said):
+    (folder / "mine.py").write_text(source(**fields))
+    line = refusal("search", "mine.py")
+    assert re.search(said, line), line
+    assert " is not allowed: " in line
+
+
+def nothing(folder):
+    pass
+
+
+def space_file(text):
+    return lambda folder: (folder / "mine.py").write_text(text)
+
+
+def empty_class(folder):
+    (folder / "images" / "fish").mkdir()
+
+
+def one_class(folder):
+    shutil.rmtree(folder / "images" / "dog")
+
+
+def no_class(folder):
+    shutil.rmtree(folder / "images")
+    (folder / "images").mkdir()
+
+
+def other_classes(folder):
+    for split, names in {"train": ("cat", "dog"), "test": ("cat", "cow")}.items():
+        for name in names:
+            shutil.copytree(folder / "images" / "cat", folder / "split" / split / name)
+
+
+def broken_image(folder):
+    (folder / "images" / "dog" / "3.png").write_bytes(b"\x89PNG\r\n")
+
+
+def resized(size):
+    def prepare(folder):
+        from PIL import Image
+
+        for path in (folder / "images").rglob("0.png"):
+            Image.new("RGB", size).save(path)
+
+    return prepare
+
+
+SEARCHES = [
+    (nothing, "digit", r"space: 'digit' .* did you mean digits\?"),
+    (nothing, "nosuch.py", r"space: 'nosuch\.py' .* no such file"),
+    (nothing, "nosuch:space", "space: 'nosuch:space' .* No module named 'nosuch'"),
+    (nothing, "mine.py:other", r"space: 'mine\.py:other' .* define a function `other`"),
+    (nothing, "mine.py --smoke", r"smoke: True .* mine\.py takes no argument `smoke`"),
+    (space_file("def space(:"), "mine.py", r"space: 'mine\.py' .* syntax error in line 1"),
+    (space_file(""), "mine.py", r"space: 'mine\.py' .* must define a function `space`"),
+    (space_file("def space(): return {}"), "mine.py", "must return a SearchSpace, not dict"),
+    (space_file("def space(): return 1 / 0"), "mine.py", "ZeroDivisionError in line 1 of"),
+    (space_file("import nosuch"), "mine.py", "ModuleNotFoundError in line 1 of .*nosuch"),
+    (space_file("raise SystemExit"), "mine.py", "SystemExit in line 1 of"),
+    (nothing, "mine.py --name a/b", "name: 'a/b' .* letters, digits"),
+    (nothing, "mine.py --name .hidden", r"name: '\.hidden' .* letters, digits"),
+    (nothing, "mine.py --storage mine.py/sweeps", r"storage: 'mine\.py/sweeps' .* writable"),
+    (nothing, "mine.py --storage /proc/sweeps", "storage: '/proc/sweeps' .* writable"),
+    (nothing, "mine.py --storage s3://bucket", "storage: 's3:/bucket' .* must be a folder"),
+    (nothing, "mine.py --data nosuch", r"data\.path: 'nosuch' .* must be a folder"),
+    (nothing, "mine.py --data mine.py", r"data\.path: 'mine\.py' .* must be a folder"),
+    (no_class, "mine.py", r"data\.path: 'images' .* at least two class folders"),
+    (one_class, "mine.py", r"data\.path: 'images' .* at least two class folders"),
+    (empty_class, "mine.py", r"data\.path: 'images/fish' .* holds no image"),
+    (other_classes, "mine.py --data split", "data.path: 'split/test' .* which are cat, dog"),
+    (broken_image, "mine.py", r"data\.path: 'images/dog/3\.png' .* not a readable image"),
+    (resized((8, 9)), "mine.py", r"data\.image_size: None .* not square \(8x9 pixels\)"),
+    (resized((9, 9)), "mine.py", r"data\.image_size: None .* images differ in size"),
+]
+
+
+@pytest.mark.parametrize(
+    ("prepare", "arguments", "said"), SEARCHES, ids=[said for *_, said in SEARCHES]
+)
+def test_a_search_that_cannot_be_done(folder, refusal, prepare, arguments, said):
+    prepare(folder)
+    line = refusal("search", *arguments.split())
+    assert re.search(said, line), line
+
+
+def test_a_name_that_belongs_to_another_space(folder, refusal):
+    write(folder / "sweeps" / "first", FINISHED)
+    line = refusal("search", "mine.py", "--name", "first")
+    assert re.search(r"^name: 'first' .* another name, .*training\.epochs.* choose a new", line)
+
+
+def test_a_name_whose_journal_is_damaged(folder, refusal):
+    write(folder / "sweeps" / "first", [])
+    (folder / "sweeps" / "first" / "journal.jsonl").write_text('{"event"\n')
+    line = refusal("search", "mine.py", "--name", "first")
+    assert re.search("^sweep: '.*sweeps/first' .* journal is damaged", line)
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "said"),
+    [
+        ({}, "--tracking-uri ftp://nowhere", "tracking_uri: 'ftp://nowhere' .* unsupported"),
+        (
+            {"resources": "Resources(cpus_per_trial=64)"},
+            "",
+            r"resources\.cpus_per_trial: 64 .* no machine of the cluster has over 2",
+        ),
+        (
+            {"resources": "Resources(gpus_per_trial=64)"},
+            "",
+            r"resources\.gpus_per_trial: 64 .* no machine of the cluster has over \d",
+        ),
+        (
+            {"retraining": "Retraining(epochs=5, batch_size=8, num_workers=8)"},
+            "",
+            r"retraining\.num_workers: 8 .* room for 2",
+        ),
+    ],
+)
+@pytest.mark.usefixtures("ray_instance")
+def test_what_only_mlflow_or_the_cluster_can_refuse(folder, cli, changes, arguments, said):
+    (folder / "mine.py").write_text(source(**changes))
+    code, output, errors = cli("search", "mine.py", "--name", "first", *arguments.split())
+    assert code == 2
+    assert re.search(f"^raytickets: {said}.*\n\\Z", errors, re.MULTILINE), errors
+    assert output == f"sweep first in {folder / 'sweeps' / 'first'}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["serch"], "serch"),
+        ([], "search, report, show, retrain, spaces"),
+        (["search", "--penalty", "1"], "--penalty"),
+        (["search", "--name"], "--name"),
+        (["retrain", "x", "--epochs", "many"], "many"),
+        (["retrain", "x", "--weights", "old"], "inherit"),
+    ],
+)
+def test_arguments_that_there_are_not(cli, words, said):
+    code, output, errors = cli(*words)
+    assert (code, output) == (2, "")
+    assert said in errors
+    assert "Traceback" not in errors

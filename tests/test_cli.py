@@ -1,0 +1,233 @@
+"""The command line: what each command prints, and the code it ends with."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from made_up_space import Failed, source, stand_in_for_ray
+from made_up_sweep import FINISHED, HIGH, SMALL, SPACE, epoch, retrained, ticket, write
+
+from raytickets.models import build_network
+from raytickets.shrink import channel_groups, shrink
+from raytickets.sweep import Sweep
+from raytickets.ticket import group_masks, save_ticket
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with a finished sweep in it, one of whose tickets is there."""
+    path = tmp_path_factory.mktemp("made")
+    dense = build_network(SPACE.network, in_channels=1, num_classes=10, seed=0)
+    groups = channel_groups(dense, torch.zeros(1, 1, 8, 8))
+    mask = torch.tensor([place % 2 == 0 for group in groups for place in range(group.width)])
+    manifest = {
+        "network": {
+            "name": SPACE.network.name,
+            "options": dict(SPACE.network.options),
+            "in_channels": 1,
+            "num_classes": 10,
+            "image_size": 8,
+        },
+        "groups": group_masks(groups, mask),
+        "min_channels": {"least": 1, "acted_on": []},
+        "penalty": 1e-3,
+        "prune_ratio": 0.5,
+        "learning_rate": 0.1,
+        "seed": 0,
+        "stop_rule": {"rule": "corrected", "window": 5, "threshold": 0.2, "distances": [0.1] * 4},
+        "draw": {"check": 8, "epoch": 8},
+        "space": {"name": SPACE.name, "fingerprint": SPACE.fingerprint},
+        "macs": 350_000,
+        "params": 35_000,
+    }
+    sweep = path / "sweeps" / "first"
+    saved = save_ticket(sweep / "tickets", shrink(dense, groups, mask), manifest)
+    write(sweep, [*FINISHED, ticket(HIGH, saved.id, 0.5, 350_000, 0.96)])
+    return path, saved
+
+
+@pytest.fixture
+def found(made, monkeypatch):
+    """That ticket, and its sweep's folder as the working folder."""
+    path, saved = made
+    monkeypatch.chdir(path)
+    return saved
+
+
+@pytest.mark.parametrize("given", ["first", "sweeps/first"])
+@pytest.mark.usefixtures("found")
+def test_report_is_found_by_name_or_folder(cli, given):
+    code, output, errors = cli("report", given)
+    assert (code, errors) == (0, "")
+    assert output.startswith("first: done")
+    assert SMALL in output
+
+
+def test_report_as_json_is_what_the_library_gives(found, cli):
+    code, output, _ = cli("report", "first", "--json")
+    assert code == 0
+    assert json.loads(output) == Sweep(found.path.parent.parent).report()
+
+
+def test_show_is_found_by_id_or_folder(found, cli):
+    by_id, by_folder = cli("show", found.id), cli("show", f"sweeps/first/tickets/{found.id}")
+    assert by_id == by_folder
+    code, output, errors = by_id
+    assert (code, errors) == (0, "")
+    assert f"Ticket {found.id}" in output
+    assert "cifar_vgg depth=9 width=0.125" in output
+
+
+def test_show_as_json_is_the_manifest(found, cli):
+    code, output, _ = cli("show", found.id, "--json")
+    assert code == 0
+    assert json.loads(output) == found.manifest
+
+
+def test_spaces_lists_what_comes_with_raytickets(cli):
+    code, output, _ = cli("spaces")
+    assert code == 0
+    assert [line.split()[0] for line in output.splitlines()] == ["cifar10", "digits"]
+
+
+def test_help_names_every_command(cli):
+    code, output, _ = cli("--help")
+    assert code == 0
+    for command in ("search", "report", "show", "retrain", "spaces"):
+        assert f"• {command}" in output
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("report nosuch", "^sweep: 'sweeps/nosuch' .* folder of a sweep"),
+        ("report .", r"^sweep: '\.' .* folder of a sweep, which holds journal\.jsonl"),
+        ("show nosuch", r"^ticket: 'nosuch' .* a ticket's folder, or an id under \./sweeps"),
+        ("show sweeps/first", "^ticket: 'sweeps/first' .* not a whole ticket"),
+        ("retrain nosuch", "^ticket: 'nosuch' .* a ticket's folder, or an id"),
+        ("retrain sweeps", "^sweep: .* must be the folder of a sweep"),
+        ("retrain {id} --epochs 0", r"^retraining\.epochs: 0 .* at least 1"),
+    ],
+)
+def test_what_is_not_there_cannot_be_shown_or_retrained(found, refusal, words, said):
+    line = refusal(*words.format(id=found.id).split())
+    assert re.search(said, line), line
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda path: (path / "manifest.json").unlink(), "not a whole ticket"),
+        (lambda path: (path / "ticket.safetensors").unlink(), "not a whole ticket"),
+        (
+            lambda path: (path / "ticket.safetensors").write_bytes(b""),
+            "does not match its checksum",
+        ),
+        (lambda path: (path / "manifest.json").write_text("{}"), "not a whole ticket"),
+        (
+            lambda path: (path / "manifest.json").write_text(
+                (path / "manifest.json").read_text().replace('"seed": 0', '"seed": 1')
+            ),
+            "altered",
+        ),
+    ],
+)
+def test_a_damaged_ticket_is_not_shown(found, refusal, tmp_path, damage, said):
+    copy = shutil.copytree(found.path, tmp_path / "copy")
+    damage(copy)
+    assert re.search(f"^ticket: '{copy}' .*{said}", refusal("show", str(copy)))
+
+
+def test_a_search_reports_what_it_found_and_where_to_look(folder, cli, monkeypatch):
+    def run(plan, _, observer):
+        for event in FINISHED:
+            observer(event)
+        return Sweep(write(plan.folder, FINISHED))
+
+    stand_in_for_ray(monkeypatch, run)
+    code, output, errors = cli("search", "mine.py", "--name", "first", "--tracking-uri", "db")
+    assert (code, errors) == (0, "")
+    lines = output.splitlines()
+    assert lines[0] == f"sweep first in {folder / 'sweeps' / 'first'}"
+    assert "first: done" in output
+    assert lines[-1].strip() == "mlflow ui db"
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_stage_that_fails_is_told_and_what_was_found_is_reported(cli, monkeypatch):
+    def run(plan, *_):
+        write(plan.folder, FINISHED[:-1])
+        raise Failed("the worker [/died]")
+
+    stand_in_for_ray(monkeypatch, run)
+    code, output, errors = cli("search", "mine.py", "--name", "first")
+    assert (code, errors) == (3, "raytickets: a stage failed: the worker [/died]\n")
+    assert "first: unfinished" in output
+
+
+def test_a_ticket_is_retrained_with_what_was_asked_for(found, cli, monkeypatch):
+    def retrain_ticket(path, **options):
+        assert path == found.path.resolve()
+        observer = options.pop("observer")
+        assert options == {"epochs": 60, "weights": "reinit", "tracking_uri": None}
+        observer(epoch(found.id, 60))
+        return retrained(found.id, 350_000, 1, 0.975)
+
+    stand_in_for_ray(monkeypatch, retrain_ticket)
+    code, output, errors = cli("retrain", found.id, "--epochs", "60", "--weights", "reinit")
+    assert (code, errors) == (0, "")
+    saved = found.path.resolve().parent.parent / "retrained" / found.id
+    assert output.splitlines() == [
+        f"retraining {found.id}  epoch 60/60  validation 97.0%",
+        f"test accuracy 97.50%, saved as {saved}",
+    ]
+
+
+def test_a_retraining_that_fails_is_told(found, cli, monkeypatch):
+    def retrain_ticket(*_, **__):
+        raise Failed("the worker died")
+
+    stand_in_for_ray(monkeypatch, retrain_ticket)
+    assert cli("retrain", found.id) == (3, "", "raytickets: retraining failed: the worker died\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "again"),
+    [
+        (["search", "mine.py"], r"raytickets search mine\.py --name mine-\d{8}-\d{6}"),
+        (["search", "mine.py", "--name", "x"], r"raytickets search mine\.py --name x"),
+        (["search", "mine.py", "--name=x"], r"raytickets search mine\.py --name=x"),
+        (["search", "mine.py", "--storage", "my disk"], ".* --storage 'my disk' --name mine-.*"),
+    ],
+)
+@pytest.mark.usefixtures("folder")
+def test_an_interrupted_search_says_how_to_go_on(cli, monkeypatch, words, again):
+    def run(*_):
+        raise KeyboardInterrupt
+
+    stand_in_for_ray(monkeypatch, run)
+    code, output, errors = cli(*words)
+    assert (code, errors) == (130, "")
+    assert re.fullmatch(again, output.splitlines()[-1].strip())
+
+
+@pytest.mark.parametrize("fields", [{"prune_ratios": "(1.2,)"}, {"network": "Network('vgg16')"}])
+def test_as_a_command_of_its_own(folder, fields):
+    (folder / "mine.py").write_text(source(**fields))
+    command = [sys.executable, "-m", "raytickets.cli", "search", "mine.py"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert re.fullmatch("raytickets: .* is not allowed: .*\n", done.stderr)
+
+
+def test_the_installed_command_is_this_one():
+    installed = Path(sys.executable).parent / "raytickets"
+    done = subprocess.run([installed, "spaces"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0
+    assert "digits" in done.stdout

@@ -1,0 +1,271 @@
+"""A search space refuses what cannot be used, and is the same thing wherever it is read."""
+
+import dataclasses
+import pickle
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import given
+
+from raytickets.config import (
+    Data,
+    InputError,
+    Network,
+    Resources,
+    Retraining,
+    SearchSpace,
+    StopRule,
+    Training,
+)
+
+
+def space(**changes: Any) -> SearchSpace:
+    fields: dict[str, Any] = {
+        "name": "tiny",
+        "network": Network("cifar_vgg"),
+        "data": Data(),
+        "penalties": (1e-4,),
+        "prune_ratios": (0.5,),
+        "training": Training(epochs=5),
+        "retraining": Retraining(epochs=5),
+    }
+    return SearchSpace(**fields | changes)
+
+
+def recipe(**changes: Any) -> Training:
+    fields: dict[str, Any] = {"epochs": 5} | changes
+    return Training(**fields)
+
+
+def test_what_is_left_out_has_a_usable_value():
+    made = space()
+    assert made.stop_rule == StopRule("corrected", window=5)
+    assert made.proof.epochs == 2
+    assert made.seeds == (0,)
+    assert made.resources == Resources(cpus_per_trial=1, gpus_per_trial=0)
+
+
+@pytest.mark.parametrize(
+    ("rule", "limit"),
+    [
+        (StopRule("paper"), 0.1),
+        (StopRule("corrected"), 0.2),
+        (StopRule("paper", threshold=0.05), 0.05),
+    ],
+)
+def test_the_threshold_is_the_rules_own_unless_given(rule, limit):
+    assert rule.limit == limit
+
+
+@pytest.mark.parametrize(
+    ("make", "field"),
+    [
+        (lambda: space(name="two words"), "name"),
+        (lambda: space(name=""), "name"),
+        (lambda: space(name=None), "name"),
+        (lambda: space(network="cifar_vgg"), "network"),
+        (lambda: Network(""), "network.name"),
+        (lambda: Network("cifar_vgg", [("depth", 9)]), "network.options"),  # type: ignore[arg-type]
+        (lambda: Network("cifar_vgg", {"activation": print}), "network.options"),
+        (lambda: Network("cifar_vgg", {"width": float("nan")}), "network.options"),
+        (lambda: Data("imagenet"), "data.source"),  # type: ignore[arg-type]
+        (lambda: Data("folder"), "data.path"),
+        (lambda: Data("folder", "x", image_size=0), "data.image_size"),
+        (lambda: Data(validation=0), "data.validation"),
+        (lambda: Data(test=1), "data.test"),
+        (lambda: Data(validation=0.5, test=0.5), "data.validation"),
+        (lambda: Data(crop_padding=-1), "data.crop_padding"),
+        (lambda: Data(flip="no"), "data.flip"),  # type: ignore[arg-type]
+        (lambda: Data(limit=9), "data.limit"),
+        (lambda: Data(split_seed=-1), "data.split_seed"),
+        (lambda: StopRule("strict"), "stop_rule.rule"),  # type: ignore[arg-type]
+        (lambda: StopRule(window=1), "stop_rule.window"),
+        (lambda: StopRule(threshold=1.0), "stop_rule.threshold"),
+        (lambda: Resources(cpus_per_trial=0), "resources.cpus_per_trial"),
+        (lambda: Resources(gpus_per_trial=-1), "resources.gpus_per_trial"),
+        (lambda: Resources(gpus_per_trial=1.5), "resources.gpus_per_trial"),
+        (lambda: space(training=recipe(epochs=0)), "training.epochs"),
+        (lambda: space(training=recipe(epochs=4)), "training.epochs"),
+        (lambda: space(training=recipe(batch_size=1)), "training.batch_size"),
+        (lambda: space(training=recipe(learning_rate=0)), "training.learning_rate"),
+        (lambda: space(training=recipe(learning_rate=float("inf"))), "training.learning_rate"),
+        (lambda: space(training=recipe(momentum=1)), "training.momentum"),
+        (lambda: space(training=recipe(weight_decay=-1e-9)), "training.weight_decay"),
+        (lambda: space(proof=recipe(schedule="step")), "proof.schedule"),
+        (lambda: space(proof=recipe(schedule="multistep")), "proof.milestones"),
+        (lambda: space(proof=recipe(milestones=(3,))), "proof.milestones"),
+        (lambda: space(proof=recipe(schedule="multistep", milestones=3)), "proof.milestones"),
+        (lambda: space(proof=recipe(schedule="multistep", milestones=(0,))), "proof.milestones"),
+        (lambda: space(retraining=recipe()), "retraining"),
+        (
+            lambda: space(retraining=Retraining(epochs=5, weights="ticket")),  # type: ignore[arg-type]
+            "retraining.weights",
+        ),
+        (
+            lambda: space(retraining=Retraining(epochs=5, num_workers=3)),
+            "retraining.num_workers",
+        ),
+        (lambda: space(penalties=()), "penalties"),
+        (lambda: space(penalties=[1e-4]), "penalties"),
+        (lambda: space(penalties=(-1e-4,)), "penalties"),
+        (lambda: space(penalties=(float("inf"),)), "penalties"),
+        (lambda: space(prune_ratios=(True,)), "prune_ratios"),
+        (lambda: space(prune_ratios=("0.5",)), "prune_ratios"),
+        (lambda: space(prune_ratios=([0.5],)), "prune_ratios"),
+        (lambda: space(prune_ratios=(0.5, 0.5)), "prune_ratios"),
+        (lambda: space(prune_ratios=(0.5, 0.5000001)), "prune_ratios"),
+        (lambda: space(seeds=(0.5,)), "seeds"),
+        (lambda: space(seeds=(1, 1)), "seeds"),
+        (lambda: space(min_channels=0), "min_channels"),
+        (lambda: space(winners=0), "winners"),
+    ],
+)
+def test_a_value_that_cannot_be_used_is_refused_by_the_name_of_its_field(make, field):
+    with pytest.raises(InputError) as refused:
+        make()
+    assert str(refused.value).startswith(f"{field}: ")
+
+
+def test_an_input_error_names_field_value_and_what_is_allowed_in_one_line():
+    error = InputError("penalties", -1.5, "must be at least 0,\n  so no reward")
+    assert str(error) == "penalties: -1.5 is not allowed: must be at least 0, so no reward"
+
+
+def test_an_input_error_survives_the_way_between_processes():
+    error = pickle.loads(pickle.dumps(InputError("seeds", (1, 1), "each may occur once")))
+    assert isinstance(error, InputError)
+    assert str(error) == "seeds: (1, 1) is not allowed: each may occur once"
+
+
+def test_large_seeds_that_differ_in_the_last_digit_are_different():
+    assert space(seeds=(20261122, 20261123)).seeds == (20261122, 20261123)
+
+
+def test_a_space_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        space().winners = 5  # type: ignore[misc]
+
+
+CHANGES: dict[str, Any] = {
+    "name": "other",
+    "network": Network("cifar_vgg", {"depth": 9}),
+    "data": Data(split_seed=1),
+    "penalties": (1e-4, 1e-3),
+    "prune_ratios": (0.6,),
+    "training": Training(epochs=6),
+    "retraining": Retraining(epochs=5, weights="reinit"),
+    "proof": Training(epochs=1),
+    "stop_rule": StopRule("paper"),
+    "min_channels": 2,
+    "seeds": (1,),
+    "winners": 1,
+    "resources": Resources(cpus_per_trial=2),
+}
+
+
+def test_every_field_changes_the_fingerprint():
+    assert set(CHANGES) == {field.name for field in dataclasses.fields(SearchSpace)}
+    prints = [space(**{name: value}).fingerprint for name, value in CHANGES.items()]
+    assert len({space().fingerprint, *prints}) == len(CHANGES) + 1
+
+
+def test_the_fingerprint_is_of_the_values_and_not_of_how_they_were_written():
+    options = {"depth": 9, "width": 0.5}
+    written = Network("cifar_vgg", options), Network("cifar_vgg", dict(reversed(options.items())))
+    first, second = (space(network=network).fingerprint for network in written)
+    assert first == second
+    assert space().fingerprint == space(seeds=(0,), stop_rule=StopRule()).fingerprint
+
+
+shares = st.floats(0.01, 0.45)
+penalties = st.lists(st.sampled_from([0, 1e-5, 3e-4, 0.01, 2]), min_size=1, unique=True).map(tuple)
+ratios = st.lists(st.sampled_from([0.1, 0.25, 0.5, 0.95]), min_size=1, unique=True).map(tuple)
+recipes = {
+    "epochs": st.integers(5, 300),
+    "batch_size": st.integers(1, 500).map(lambda half: 2 * half),
+    "learning_rate": st.floats(1e-6, 10),
+    "momentum": st.floats(0, 0.999),
+    "weight_decay": st.floats(0, 1),
+}
+schedules = st.sampled_from(
+    [
+        {"schedule": "constant"},
+        {"schedule": "cosine"},
+        {"schedule": "multistep", "milestones": (2, 4)},
+    ]
+)
+trainings = st.builds(
+    lambda fields, schedule: Training(**fields | schedule),
+    st.fixed_dictionaries(recipes),
+    schedules,
+)
+retrainings = st.builds(
+    Retraining,
+    **recipes,
+    weights=st.sampled_from(["inherit", "reinit"]),
+    num_workers=st.sampled_from([None, 1, 2]),
+)
+spaces = st.builds(
+    SearchSpace,
+    name=st.from_regex(r"[A-Za-z0-9_-]{1,12}", fullmatch=True),
+    network=st.builds(
+        Network,
+        st.sampled_from(["cifar_vgg", "resnet18", "mine.nets:tiny"]),
+        st.dictionaries(st.text(max_size=5), st.none() | st.integers() | st.lists(st.text())),
+    ),
+    data=st.builds(
+        Data,
+        st.sampled_from(["digits", "folder"]),
+        st.text(),
+        st.none() | st.integers(1, 512),
+        shares,
+        shares,
+        flip=st.booleans(),
+        limit=st.none() | st.integers(10),
+    ),
+    penalties=penalties,
+    prune_ratios=ratios,
+    training=trainings,
+    retraining=retrainings,
+    proof=trainings,
+    stop_rule=st.builds(
+        StopRule, st.sampled_from(["paper", "corrected"]), st.integers(2, 5), st.none() | shares
+    ),
+    seeds=st.lists(st.integers(0), min_size=1, unique=True).map(tuple),
+    resources=st.builds(Resources, st.integers(1, 64), st.sampled_from([0, 0.5, 1, 2])),
+)
+
+
+@given(spaces)
+def test_a_space_survives_being_written_down(made):
+    again = SearchSpace.from_dict(made.as_dict())
+    assert again == made
+    assert again.fingerprint == made.fingerprint
+
+
+def test_fields_are_written_in_their_order():
+    assert list(space().as_dict()) == [field.name for field in dataclasses.fields(SearchSpace)]
+
+
+@pytest.mark.parametrize(
+    "break_it",
+    [
+        lambda values: values.pop("network"),
+        lambda values: values.update(surplus=1),
+        lambda values: values["training"].update(epoch=5),
+        lambda values: values.update(data=None),
+    ],
+)
+def test_what_does_not_describe_a_space_is_refused(break_it):
+    values = space().as_dict()
+    break_it(values)
+    with pytest.raises(InputError, match=r"^space: 'tiny' is not allowed: .*search space"):
+        SearchSpace.from_dict(values)
+
+
+def test_retraining_otherwise_leaves_the_rest_alone():
+    changed = space().with_retraining(epochs=7, weights="reinit")
+    assert changed == space(retraining=Retraining(epochs=7, weights="reinit"))
+    with pytest.raises(InputError, match=r"^retraining\.epochs: 0 is not allowed"):
+        space().with_retraining(epochs=0)

@@ -1,0 +1,231 @@
+"""What a person sees holds the figures that matter and fits the terminal."""
+
+import dataclasses
+import io
+
+import pytest
+from made_up_sweep import (
+    FINISHED,
+    HIGH,
+    LARGE,
+    LOW,
+    OPENING,
+    SEARCHED,
+    SMALL,
+    SPACE,
+    check,
+    retrained,
+    ticket,
+    trajectory,
+    write,
+)
+from rich.console import Console
+
+from raytickets.console import Progress, report_table, ticket_table
+from raytickets.sweep import Sweep
+from raytickets.ticket import Ticket
+
+
+def printed(content, width=80):
+    console = Console(width=width, file=io.StringIO(), color_system=None)
+    console.print(content)
+    return screen(console)
+
+
+def screen(console):
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def rows(text):
+    """The words of each line by the first of them."""
+    lines = [line.split() for line in text.splitlines() if line.strip()]
+    return {line[0]: line[1:] for line in lines}
+
+
+@pytest.fixture
+def report(tmp_path):
+    """`report(events)` is the report of a sweep with this journal."""
+    return lambda events: Sweep(write(tmp_path / "first", events)).report()
+
+
+def test_a_report_shows_each_winner_against_the_dense_network(report):
+    text = printed(report_table(report(FINISHED)))
+    assert text.startswith("first: done")
+    found = rows(text)
+    assert found["dense"] == ["99.00%", "2M", "100%", "300k", "100%", "100%"]
+    shown = ["0.0001", "0.3", "8", "98.50%", "1M", "50%", "100k", "33%", "68%"]
+    assert found[LARGE] == shown
+    assert found[SMALL][-3:] == ["35k", "12%", "36%"]
+
+
+def test_a_report_says_what_its_columns_mean_and_what_was_not_drawn(report):
+    text = " ".join(printed(report_table(report(FINISHED))).split())
+    assert "accuracy on the test images" in text
+    assert "retraining and an equal share of the search" in text
+    assert "Trajectories: 2. Tickets: 3." in text
+    assert "all winners' retraining: 103%" in text
+    assert f"{LOW}: prune ratio 0.5 not converged" in text
+    assert HIGH not in text
+
+
+def test_a_report_of_an_unfinished_sweep_leaves_open_what_is_not_known(report):
+    text = printed(report_table(report(SEARCHED)))
+    assert text.startswith("first: unfinished")
+    assert rows(text)["dense"] == ["-", "2M", "100%", "300k", "100%", "-"]
+
+
+def test_a_reason_is_printed_as_it_stands(report):
+    reason = "[Errno 28] No space left [/dev/sda]"
+    failed = trajectory(LOW, "failed", 0, {"0.3": "failed"}, reason)
+    assert reason in printed(report_table(report([OPENING, failed])), width=200)
+
+
+@pytest.mark.parametrize("width", [80, 100, 120])
+def test_no_figure_is_cut_off(report, width):
+    many = dataclasses.replace(SPACE, prune_ratios=(0.3, 0.5, 0.7, 0.8), seeds=(0, 20261122))
+    console = Console(width=width, height=40, file=io.StringIO(), force_terminal=True)
+    with Progress(console, many) as progress:
+        for event in FINISHED:
+            if event["event"] == "check":
+                event = event | {"distances": dict.fromkeys(("0.3", "0.5", "0.7", "0.8"), 0.5)}
+            progress(event)
+    for text in (screen(console), printed(report_table(report(FINISHED)), width)):
+        assert "…" not in text
+    assert "98.0% @8" in screen(console) or width < 100
+
+
+@pytest.fixture
+def terminal():
+    return Console(width=100, height=40, file=io.StringIO(), force_terminal=True, color_system=None)
+
+
+def last_screen(console):
+    """What was drawn last: each update of a live display begins with the word Search."""
+    return screen(console).rpartition("Search")[2]
+
+
+def test_a_terminal_shows_distances_until_a_ticket_is_drawn(terminal):
+    with Progress(terminal, SPACE) as progress:
+        for event in (
+            check(LOW, 1, {"0.3": None, "0.5": None}),
+            check(HIGH, 1, {"0.3": None, "0.5": None}),
+            check(LOW, 8, {"0.3": 0.125, "0.5": 0.75}),
+            ticket(LOW, LARGE, 0.3, 1_000_000, 0.98),
+        ):
+            progress(event)
+    found = rows(last_screen(terminal))
+    assert found["0.0001"] == ["8/20", "93.8%", "98.0%", "@8", "0.75", "training"]
+    assert found["0.001"] == ["1/20", "50.0%", "-", "-", "training"]
+
+
+def test_a_terminal_shows_how_trajectories_ended_and_each_retraining(terminal):
+    with Progress(terminal, SPACE) as progress:
+        for event in FINISHED:
+            progress(event)
+    text = last_screen(terminal)
+    found = rows(text)
+    assert found["0.0001"][-2:] == ["not", "converged"]
+    assert found["0.001"] == ["8/20", "93.8%", "95.0%", "@8", "96.0%", "@8", "drawn"]
+    assert found["dense"] == ["30/30", "0.250", "98.0%", "99.0%"]
+    assert found[SMALL] == ["30/30", "0.250", "95.2%", "96.2%"]
+
+
+def test_where_not_all_trajectories_fit_those_that_run_are_shown(terminal):
+    with Progress(terminal, SPACE) as progress:
+        for seed in range(30):
+            ended = trajectory(f"penalty0.0001-seed{seed}", "drawn", 1, {"0.3": "drawn"})
+            progress(ended)
+        progress(check("penalty0.5-seed0", 1, {"0.3": None, "0.5": None}))
+    text = last_screen(terminal)
+    assert "0.0001" not in text
+    assert "0.5" in rows(text)
+    assert "30 trajectories have ended." in text
+
+
+def test_a_retraining_that_went_on_after_its_last_epoch_is_shown(terminal):
+    """As when a worker dies between its last epoch and telling of the end."""
+    with Progress(terminal, SPACE) as progress:
+        progress(retrained("dense", 2_000_000, 1, 0.99))
+    assert rows(screen(terminal))["dense"] == ["30/30", "98.0%", "99.0%"]
+
+
+def test_without_a_terminal_each_event_is_one_line():
+    console = Console(width=40, file=io.StringIO())
+    with Progress(console, SPACE) as progress:
+        for event in [*FINISHED, {"event": "owed", "reason": "3 events [/all] lost"}]:
+            progress(event)
+    assert screen(console).splitlines() == [
+        f"{LOW}  epoch 1/20  validation 50.0%  mask distance 0.3: -  0.5: -",
+        f"{HIGH}  epoch 1/20  validation 50.0%  mask distance 0.3: -  0.5: -",
+        f"{LOW}  epoch 8/20  validation 93.8%  mask distance 0.3: 0.12  0.5: 0.75",
+        f"{LOW}  drew ticket {LARGE} at prune ratio 0.3: proof 98.0%",
+        f"{HIGH}  epoch 8/20  validation 93.8%  mask distance 0.3: 0.10  0.5: 0.20",
+        f"{HIGH}  drew ticket 2222222222222222 at prune ratio 0.3: proof 95.0%",
+        f"{HIGH}  drew ticket {SMALL} at prune ratio 0.5: proof 96.0%",
+        f"{HIGH}  drawn",
+        f"{LOW}  epoch 20/20  validation 97.5%  mask distance 0.3: 0.05  0.5: 0.50",
+        f"{LOW}  not converged",
+        "retraining dense  epoch 30/30  validation 97.0%",
+        "retraining dense  test 99.0%",
+        f"retraining {LARGE}  epoch 30/30  validation 97.0%",
+        f"retraining {LARGE}  test 98.5%",
+        f"retraining {SMALL}  epoch 30/30  validation 97.0%",
+        f"retraining {SMALL}  test 96.2%",
+        "3 events [/all] lost",
+    ]
+
+
+def test_what_mlflow_is_owed_is_said_on_a_terminal_too(terminal):
+    with Progress(terminal, SPACE) as progress:
+        progress({"event": "owed", "reason": "3 events did not reach MLflow"})
+    assert "3 events did not reach MLflow" in screen(terminal)
+
+
+MANIFEST = {
+    "id": LARGE,
+    "network": {"name": "cifar_vgg", "options": {"depth": 9, "activation": "[relu]"}},
+    "space": {"name": "digits"},
+    "penalty": 1e-4,
+    "prune_ratio": 0.3,
+    "learning_rate": 0.1,
+    "seed": 7,
+    "stop_rule": {
+        "rule": "corrected",
+        "window": 5,
+        "threshold": 0.2,
+        "distances": [0.19, 0.125],
+    },
+    "draw": {"check": 8, "epoch": 8},
+    "min_channels": {"least": 1, "acted_on": ["0", "3"]},
+    "macs": 1_000_000,
+    "params": 100_000,
+    "groups": [{"name": "0", "mask": "1100"}, {"name": "3", "mask": "1111"}],
+}
+
+
+def test_a_ticket_is_shown_with_how_it_was_found_and_what_it_keeps(tmp_path):
+    text = printed(ticket_table(Ticket(tmp_path, MANIFEST)))
+    found = rows(text)
+    assert f"Ticket {LARGE}" in text
+    assert "cifar_vgg depth=9 activation=[relu]" in text
+    assert found["penalty"] == ["0.0001"]
+    assert found["seed"] == ["7"]
+    assert found["distances"] == ["0.190,", "0.125"]
+    assert found["floor"] == ["acted", "on", "0,", "3"]
+    assert found["0"] == ["2", "4", "█" * 12]
+    assert found["3"] == ["4", "4", "█" * 24]
+    assert "retrained" not in text
+
+
+def test_a_retrained_ticket_also_shows_what_it_was_retrained_to(tmp_path):
+    done = {
+        "from": SMALL,
+        "epochs": 30,
+        "num_workers": 2,
+        "validation_accuracy": 0.9,
+        "test_accuracy": 0.875,
+    }
+    found = rows(printed(ticket_table(Ticket(tmp_path, MANIFEST | {"retrained": done}))))
+    assert found["test"] == ["87.50%"]
+    assert found["validation"] == ["90.00%"]

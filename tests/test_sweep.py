@@ -1,0 +1,142 @@
+"""The report of a sweep: what its journal says, and the arithmetic of what it cost."""
+
+import json
+
+import pytest
+from made_up_sweep import (
+    FINISHED,
+    GIGA,
+    HIGH,
+    LARGE,
+    LOW,
+    OPENING,
+    SEARCHED,
+    SMALL,
+    SPACE,
+    epoch,
+    retrained,
+    trajectory,
+    write,
+)
+
+from raytickets.config import InputError
+from raytickets.sweep import Sweep
+
+ROW = {
+    *("run", "path", "penalty", "prune_ratio", "seed", "draw_epoch", "macs", "params"),
+    *("proof_accuracy", "validation_accuracy", "test_accuracy", "train_macs", "relative_cost"),
+}
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """`sweep(events)` is a sweep with this journal."""
+    return lambda events: Sweep(write(tmp_path / "first", events))
+
+
+def test_the_journal_gives_the_space_back(sweep):
+    found = sweep(FINISHED)
+    assert found.name == "first"
+    assert found.space() == SPACE
+    assert found.opening() == OPENING
+    assert found.events() == FINISHED
+
+
+def test_a_winner_bears_its_retraining_and_an_equal_share_of_the_search(sweep):
+    report = sweep(FINISHED).report()
+    # Trajectories of 100 and 200, three proofs of 20, against 1000 for the dense network.
+    assert report["search_macs"] == 360 * GIGA
+    large, small = report["winners"]
+    assert large["relative_cost"] == (500 + 360 / 2) / 1000
+    assert small["relative_cost"] == (175 + 360 / 2) / 1000
+    assert report["dense"]["relative_cost"] == 1
+    assert report["sweep_cost"] == (360 + 500 + 175) / 1000
+
+
+def test_rows_are_of_the_dense_network_and_of_the_winners_in_order(sweep):
+    report = sweep(FINISHED).report()
+    assert [row["run"] for row in report["winners"]] == [LARGE, SMALL]
+    assert all(set(row) == ROW for row in [report["dense"], *report["winners"]])
+    assert report["winners"][1] == {
+        "run": SMALL,
+        "path": f"retrained/{SMALL}",
+        "penalty": 1e-3,
+        "prune_ratio": 0.5,
+        "seed": 0,
+        "draw_epoch": 8,
+        "macs": 350_000,
+        "params": 35_000,
+        "proof_accuracy": 0.96,
+        "validation_accuracy": 0.9525,
+        "test_accuracy": 0.9625,
+        "train_macs": 175 * GIGA,
+        "relative_cost": 0.355,
+    }
+    assert report["dense"]["macs"] == 2_000_000
+    assert report["dense"]["path"] is None
+
+
+def test_a_report_names_every_ticket_and_trajectory_and_is_plain_json(sweep):
+    report = sweep(FINISHED).report()
+    assert report["space"] == "digits"
+    assert len(report["tickets"]) == 3
+    assert [end["trajectory"] for end in report["trajectories"]] == [HIGH, LOW]
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+
+
+@pytest.mark.parametrize(
+    ("events", "state"),
+    [
+        ([OPENING], "unfinished"),
+        (SEARCHED, "unfinished"),
+        (FINISHED, "done"),
+        ([*SEARCHED, {"event": "end", "state": "failed", "reason": "lost"}], "failed"),
+        ([*SEARCHED, {"event": "end", "state": "failed", "reason": ""}, FINISHED[-1]], "done"),
+    ],
+)
+def test_the_state_is_how_the_sweep_last_ended(sweep, events, state):
+    assert sweep(events).report()["state"] == state
+
+
+def test_what_is_not_known_yet_is_null(sweep):
+    report = sweep(SEARCHED).report()
+    assert report["sweep_cost"] is None
+    for row in [report["dense"], *report["winners"]]:
+        assert row["test_accuracy"] is None
+        assert row["train_macs"] is None
+        assert row["relative_cost"] is None
+    assert report["winners"][0]["proof_accuracy"] == 0.98
+
+
+def test_a_sweep_that_only_began_has_no_winners(sweep):
+    report = sweep([OPENING]).report()
+    assert report["winners"] == report["tickets"] == report["trajectories"] == []
+    assert report["search_macs"] == 0
+
+
+def test_what_was_done_again_counts_as_it_was_done_last(sweep):
+    failed = trajectory(HIGH, "failed", 0, {"0.3": "failed", "0.5": "failed"}, "worker died")
+    report = sweep([OPENING, failed, *FINISHED[1:]]).report()
+    assert report["search_macs"] == 360 * GIGA
+    assert [end["state"] for end in report["trajectories"]] == ["drawn", "not converged"]
+
+
+def test_a_winner_that_was_retrained_again_costs_what_it_cost_last(sweep):
+    longer = retrained(SMALL, 350_000, 350 * GIGA, 0.97)
+    row = sweep([*FINISHED, epoch(SMALL, 60), longer]).report()["winners"][1]
+    assert (row["test_accuracy"], row["relative_cost"]) == (0.97, 0.53)
+
+
+@pytest.mark.parametrize(
+    ("journal", "said"),
+    [
+        (None, "must be the folder of a sweep"),
+        ("", "its journal is empty"),
+        ('{"event": "sweep"\n', "its journal is damaged"),
+    ],
+)
+def test_a_folder_that_is_no_sweep_is_refused(tmp_path, journal, said):
+    if journal is not None:
+        (tmp_path / "journal.jsonl").write_text(journal)
+    with pytest.raises(InputError, match=rf"^sweep: '{tmp_path}' is not allowed: {said}"):
+        Sweep(tmp_path).report()
