@@ -167,16 +167,20 @@ def _cluster(space: SearchSpace) -> Iterator[int]:
 
 @contextlib.contextmanager
 def _told(folder: Path, uri: str, observer: Observer) -> Iterator[Callable[[Event], None]]:
-    """Tell an event: to the journal, then to MLflow and the observer."""
+    """Tells an event to the journal, then to MLflow and the observer."""
     journal = Journal(folder)
     tracker = Tracker(uri, folder)
-    for event in Sweep(folder).events():
-        tracker.write(event)
 
     def tell(event: Event) -> None:
         journal.append(event)
+        pass_on(event)
+
+    def pass_on(event: Event) -> None:
         tracker.write(event)
         observer(event)
+
+    for event in Sweep(folder).events():  # of a sweep that goes on
+        pass_on(event)
 
     try:
         yield tell
@@ -209,7 +213,7 @@ class _Teller(tune.Callback):
                 "penalty": point.penalty,
                 "seed": point.seed,
                 "state": "failed",
-                "reason": _last_line(trial.get_error()),
+                "reason": _last_line(trial.get_error() or RuntimeError("the trial's worker died")),
                 "epochs": 0,
                 "train_macs": 0,
                 "seconds": 0.0,

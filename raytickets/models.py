@@ -79,9 +79,10 @@ def build_network(network: Network, *, in_channels: int, num_classes: int, seed:
         torch.manual_seed(seed)
         try:
             built = builder(num_classes=num_classes, in_channels=in_channels, **network.options)
-        except (TypeError, ValueError) as error:
-            options = dict(network.options)
-            raise InputError("network.options", options, f"{network.name}: {error}") from error
+        except (Exception, SystemExit) as error:  # The builder may be the user's own code.
+            options, kind = dict(network.options), type(error).__name__
+            allowed = f"{network.name} raised {kind}: {error}"
+            raise InputError("network.options", options, allowed) from error
     if not isinstance(built, nn.Module):
         allowed = f"must return a torch.nn.Module, not {type(built).__name__}"
         raise InputError("network.name", network.name, allowed)

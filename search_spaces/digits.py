@@ -12,5 +12,8 @@ def space() -> SearchSpace:
         prune_ratios=(0.3, 0.4, 0.5, 0.6),
         training=Training(epochs=20, batch_size=32, learning_rate=0.05, weight_decay=5e-4),
         proof=Training(epochs=2, batch_size=32, learning_rate=0.02, schedule="cosine"),
-        retraining=Retraining(epochs=30, batch_size=32, learning_rate=0.05, weight_decay=5e-4),
+        # One worker: in steps of a few milliseconds, several would mostly wait for each other.
+        retraining=Retraining(
+            epochs=30, batch_size=32, learning_rate=0.05, weight_decay=5e-4, num_workers=1
+        ),
     )

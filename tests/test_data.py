@@ -28,6 +28,14 @@ def test_digits_are_split_into_disjoint_stratified_parts(digits):
         assert shares == pytest.approx([0.1] * 10, abs=0.02)
 
 
+def test_digits_are_those_of_scikit_learn(digits):
+    from sklearn.datasets import load_digits
+
+    splits = [digits.train, digits.validation, digits.test]
+    ours = sorted((i * (16 / 255)).round().tobytes() for s in splits for i in s.images)
+    assert ours == sorted(image.tobytes() for image in load_digits().images)
+
+
 def test_the_fingerprint_is_of_the_split_data(digits):
     same = load_data(Data("digits", validation=0.1, test=0.25))
     other = load_data(Data("digits", validation=0.1, test=0.25, split_seed=1))
