@@ -59,15 +59,17 @@ def search(
 
     from raytickets.plan import make_plan
 
-    plan = make_plan(chosen, name=name, storage=storage)
+    console = Console()
+    with console.status("checking the network and reading the images"):
+        plan = make_plan(chosen, name=name, storage=storage)
     print(f"sweep {name} in {plan.folder}", flush=True)
 
     from raytickets.console import Progress, report_table
     from raytickets.driver import SweepFailed, run
-    from raytickets.tracking import resolve_uri, ui_command
+    from raytickets.tracking import resolve_uri, tickets_address, ui_command
 
     gc.enable()
-    console, code = Console(), 0
+    code = 0
     try:
         with Progress(console, plan.space) as progress:
             sweep = run(plan, tracking_uri, progress)
@@ -79,8 +81,10 @@ def search(
         print("  " + _again(name))
         return INTERRUPTED
     console.print("", report_table(sweep.report()), "", sep="\n")
-    print("Compare the tickets in MLflow:")
-    print("  " + ui_command(resolve_uri(tracking_uri)))
+    uri = resolve_uri(tracking_uri)
+    print(f"Compare the tickets in MLflow:\n  {ui_command(uri)}")
+    if code == 0:
+        print(f"  {tickets_address(uri, plan.space.name)}")
     return code
 
 

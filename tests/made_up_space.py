@@ -47,6 +47,10 @@ class Failed(RuntimeError):
 def stand_in_for_ray(monkeypatch, run):
     """Ray and MLflow take seconds to import: `run` takes the driver's place."""
     driver = SimpleNamespace(run=run, retrain_ticket=run, SweepFailed=Failed)
-    tracking = SimpleNamespace(resolve_uri=str, ui_command="mlflow ui {}".format)
+    tracking = SimpleNamespace(
+        resolve_uri=str,
+        ui_command="mlflow ui {}".format,
+        tickets_address="http://{}/{}".format,
+    )
     monkeypatch.setitem(sys.modules, "raytickets.driver", driver)
     monkeypatch.setitem(sys.modules, "raytickets.tracking", tracking)

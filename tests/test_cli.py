@@ -1,6 +1,8 @@
 """The command line: what each command prints, and the code it ends with."""
 
 import json
+import os
+import pty
 import re
 import shutil
 import subprocess
@@ -155,7 +157,7 @@ def test_a_search_reports_what_it_found_and_where_to_look(folder, cli, monkeypat
     lines = output.splitlines()
     assert lines[0] == f"sweep first in {folder / 'sweeps' / 'first'}"
     assert "first: done" in output
-    assert lines[-1].strip() == "mlflow ui db"
+    assert [line.strip() for line in lines[-2:]] == ["mlflow ui db", "http://db/tiny"]
 
 
 @pytest.mark.usefixtures("folder")
@@ -231,3 +233,34 @@ def test_the_installed_command_is_this_one():
     done = subprocess.run([installed, "spaces"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0
     assert "digits" in done.stdout
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_a_sweep_that_goes_on(tmp_path):
+    """As in a terminal: Ctrl-C once a ticket is drawn, then the command that it prints."""
+    started = [sys.executable, "-m", "raytickets.cli", "search", "digits", "--name", "cut"]
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(tmp_path)
+        os.environ["TERM"] = "dumb"
+        os.execv(started[0], started)
+    shown, journal = "", tmp_path / "sweeps/cut/journal.jsonl"
+    while chunk := _read(terminal):
+        shown += chunk
+        if "\x03" not in shown and journal.exists() and '"event": "ticket"' in journal.read_text():
+            os.write(terminal, b"\x03")
+            shown += "\x03"
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130
+    assert "raytickets search digits --name cut" in shown
+    drawn = set(re.findall(r'"ticket": "(\w+)"', journal.read_text()))
+    subprocess.run(started, cwd=tmp_path, check=True, capture_output=True)
+    report = Sweep(tmp_path / "sweeps/cut").report()
+    assert report["state"] == "done"
+    assert drawn <= {ticket["ticket"] for ticket in report["tickets"]}
+
+
+def _read(terminal: int) -> str:
+    try:
+        return os.read(terminal, 65536).decode(errors="replace")
+    except OSError:  # how Linux tells that the other side is gone
+        return ""

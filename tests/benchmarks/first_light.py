@@ -48,7 +48,7 @@ def run(seed: int, folder: Path) -> tuple[float, dict]:
 def main() -> None:
     print(
         "| seed | network | prune ratio | drawn at epoch | test accuracy | MACs | params"
-        " | training MACs |"
+        " | cost |"
     )
     print("|---|---|---|---|---|---|---|---|")
     lines = []
