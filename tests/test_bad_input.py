@@ -84,7 +84,10 @@ SPACES = [
     ({"network": "Network('nets:nothing')"}, r"must return a torch\.nn\.Module, not NoneType"),
     ({"network": "Network('nets:plain')"}, "'nets:plain' .* no BatchNorm2d"),
     ({"network": "Network('nets:headless')"}, r"must give \[2, 2\] logits .* not \[2, 4, 6, 6\]"),
-    ({"network": "Network('nets:broken')"}, "network.options: .* nets:broken: no weights at all"),
+    (
+        {"network": "Network('nets:broken')"},
+        "network.options: .* nets:broken raised ValueError: no weights at all",
+    ),
     ({"network": "Network('nets:narrow')"}, "images of 3x8x8, but fails with: .*mat1 and mat2"),
     ({"data": "Data('cifar10')"}, r"data\.source: 'cifar10' .* digits, folder"),
     ({"data": "Data('folder')"}, r"data\.path: None .* path of a folder"),

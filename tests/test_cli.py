@@ -157,7 +157,7 @@ def test_a_search_reports_what_it_found_and_where_to_look(folder, cli, monkeypat
     lines = output.splitlines()
     assert lines[0] == f"sweep first in {folder / 'sweeps' / 'first'}"
     assert "first: done" in output
-    assert [line.strip() for line in lines[-2:]] == ["mlflow ui db", "http://db/tiny"]
+    assert [line.strip() for line in lines[-2:]] == ["mlflow ui db", "http://db/mine"]
 
 
 @pytest.mark.usefixtures("folder")

@@ -47,8 +47,7 @@ def run(seed: int, folder: Path) -> tuple[float, dict]:
 
 def main() -> None:
     print(
-        "| seed | network | prune ratio | drawn at epoch | test accuracy | MACs | params"
-        " | cost |"
+        "| seed | network | prune ratio | drawn at epoch | test accuracy | MACs | params | cost |"
     )
     print("|---|---|---|---|---|---|---|---|")
     lines = []
