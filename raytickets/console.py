@@ -49,7 +49,7 @@ class Progress:
                 row[kind] = event
         elif kind in ("epoch", "retrained"):
             self._retraining[event["run"]] = self._retraining.get(event["run"], {}) | event
-        if not self._console.is_terminal or kind == "owed":
+        if not self._console.is_terminal or self._console.is_dumb_terminal:
             if line := self._line(event):
                 self._console.print(line, markup=False, highlight=False, soft_wrap=True)
         elif self._trajectories or self._retraining:
@@ -81,8 +81,6 @@ class Progress:
                 )
             case "retrained":
                 return f"retraining {event['run']}  test {event['test_accuracy']:.1%}"
-            case "owed":
-                return event["reason"]
         return None
 
     def _tables(self) -> Group:

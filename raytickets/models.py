@@ -3,6 +3,7 @@
 import difflib
 import importlib
 import sys
+from collections import OrderedDict
 from collections.abc import Callable
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
@@ -131,17 +132,20 @@ def cifar_vgg(
         raise ValueError(f"depth must be one of {', '.join(map(str, _VGG_STAGES))}, not {depth!r}")
     if not width > 0:
         raise ValueError(f"width must be above 0, not {width!r}")
-    layers: list[nn.Module] = []
+    layers: dict[str, nn.Module] = {}
     channels = in_channels
-    for stage, convs in enumerate(_VGG_STAGES[depth]):
-        if stage:
-            layers.append(nn.MaxPool2d(2))
-        for _ in range(convs):
-            out = max(8, round(width * (64, 128, 256, 512, 512)[stage]))
-            layers += [_conv3x3(channels, out), nn.BatchNorm2d(out), nn.ReLU(inplace=True)]
+    for stage, convs in enumerate(_VGG_STAGES[depth], 1):
+        if stage > 1:
+            layers[f"pool{stage - 1}"] = nn.MaxPool2d(2)
+        for place in range(1, convs + 1):
+            out = max(8, round(width * (64, 128, 256, 512, 512)[stage - 1]))
+            layers[f"conv{stage}_{place}"] = _conv3x3(channels, out)
+            layers[f"bn{stage}_{place}"] = nn.BatchNorm2d(out)
+            layers[f"relu{stage}_{place}"] = nn.ReLU(inplace=True)
             channels = out
-    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes)]
-    return nn.Sequential(*layers)
+    layers |= {"pool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten()}
+    layers["head"] = nn.Linear(channels, num_classes)
+    return nn.Sequential(OrderedDict(layers))
 
 
 class _BasicBlock(nn.Module):

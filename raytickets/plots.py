@@ -119,10 +119,10 @@ def accuracy_against_macs(
         axes.set_xlabel("multiply-accumulates for one image (MACs)")
         axes.xaxis.set_major_formatter(EngFormatter())
         axes.set_xlim(0, 1.1 * dense["macs"])
-        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=1))
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.margins(y=0.15)
         axes.grid(alpha=0.3)
-    panels[0].legend(frameon=False, loc="upper left")
+    panels[0].legend(frameon=False, loc="lower right", bbox_to_anchor=(0.9, 0))
     return figure
 
 

@@ -1,5 +1,6 @@
 """Retraining: winning tickets and the dense reference, data-parallel on Ray Train."""
 
+import contextlib
 import tempfile
 import threading
 import time
@@ -13,7 +14,7 @@ import ray.train
 import torch
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device, prepare_model
-from ray.util.queue import Queue
+from ray.util.queue import Empty, Queue
 from torch import nn
 
 from raytickets import cost
@@ -63,42 +64,51 @@ def retrain(
 ) -> None:
     """Retrain the jobs one after the other on one group of Ray Train workers.
 
-    `on_event` hears every epoch, and of each
-    finished network once it is on disk under `sweep/retrained`, on a thread of its own. Raises
-    what Ray Train raises when the workers fail more often than it restarts them.
+    `on_event` hears every epoch, and of each finished network once it is on disk under
+    `sweep/retrained`, on a thread of its own. Raises what Ray Train raises when the workers fail
+    more often than it restarts them.
     """
     queue = Queue(actor_options={"num_cpus": 0})
-    listener = threading.Thread(target=_listen, args=(queue, on_event), daemon=True)
+    trainer = _Trainer(
+        _train_worker,
+        train_loop_config={
+            "space": space,
+            "jobs": list(jobs),
+            "data": data,
+            "sweep": sweep,
+            "queue": queue,
+        },
+        scaling_config=ScalingConfig(
+            num_workers=num_workers, use_gpu=space.resources.gpus_per_trial > 0
+        ),
+        run_config=RunConfig(
+            name=f"retrain-{jobs[0].run}-{time.time_ns()}",
+            storage_path=str((sweep / "ray").resolve()),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            failure_config=FailureConfig(max_failures=2),
+        ),
+    )
+    over = threading.Event()
+    listener = threading.Thread(target=_listen, args=(queue, on_event, over), daemon=True)
     listener.start()
     try:
-        TorchTrainer(
-            _train_worker,
-            train_loop_config={
-                "space": space,
-                "jobs": list(jobs),
-                "data": data,
-                "sweep": sweep,
-                "queue": queue,
-            },
-            scaling_config=ScalingConfig(
-                num_workers=num_workers, use_gpu=space.resources.gpus_per_trial > 0
-            ),
-            run_config=RunConfig(
-                name=f"retrain-{jobs[0].run}-{time.time_ns()}",
-                storage_path=str((sweep / "ray").resolve()),
-                checkpoint_config=CheckpointConfig(num_to_keep=2),
-                failure_config=FailureConfig(max_failures=2),
-            ),
-        ).fit()
+        trainer.fit()
     finally:
-        queue.put(None)
+        # Also after Ctrl-C: a thread that asks Ray for something while it shuts down is fatal.
+        over.set()
         listener.join()
-        queue.shutdown()
+    queue.shutdown()
 
 
-def _listen(queue: Queue, on_event: Callable[[Event], None]) -> None:
-    while (event := queue.get()) is not None:
-        on_event(event)
+class _Trainer(TorchTrainer):
+    def _register_sigint_handler(self, controller: Any) -> None:
+        """Leave Ctrl-C alone: Ray Train's handler outlives the training, and may exit with 0."""
+
+
+def _listen(queue: Queue, on_event: Callable[[Event], None], over: threading.Event) -> None:
+    while not over.is_set() or not queue.empty():
+        with contextlib.suppress(Empty):
+            on_event(queue.get(timeout=0.2))
 
 
 def _train_worker(config: dict[str, Any]) -> None:

@@ -153,7 +153,7 @@ def test_a_retraining_that_went_on_after_its_last_epoch_is_shown(terminal):
 def test_without_a_terminal_each_event_is_one_line():
     console = Console(width=40, file=io.StringIO())
     with Progress(console, SPACE) as progress:
-        for event in [*FINISHED, {"event": "owed", "reason": "3 events [/all] lost"}]:
+        for event in FINISHED:
             progress(event)
     assert screen(console).splitlines() == [
         f"{LOW}  epoch 1/20  validation 50.0%  mask distance 0.3: -  0.5: -",
@@ -172,14 +172,7 @@ def test_without_a_terminal_each_event_is_one_line():
         f"retraining {LARGE}  test 98.5%",
         f"retraining {SMALL}  epoch 30/30  validation 97.0%",
         f"retraining {SMALL}  test 96.2%",
-        "3 events [/all] lost",
     ]
-
-
-def test_what_mlflow_is_owed_is_said_on_a_terminal_too(terminal):
-    with Progress(terminal, SPACE) as progress:
-        progress({"event": "owed", "reason": "3 events did not reach MLflow"})
-    assert "3 events did not reach MLflow" in screen(terminal)
 
 
 MANIFEST = {

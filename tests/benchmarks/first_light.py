@@ -56,7 +56,7 @@ def main() -> None:
             seconds, report = run(seed, Path(folder))
         dense = report["dense"]
         for row in [dense, *report["winners"]]:
-            name = "dense" if row is dense else f"ticket {row['run'][:6]}"
+            name = "dense" if row is dense else "ticket"
             ratio, draw = row["prune_ratio"] or "", row["draw_epoch"] or ""
             macs, params = row["macs"] / dense["macs"], row["params"] / dense["params"]
             print(
