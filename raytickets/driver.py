@@ -86,7 +86,7 @@ def run(plan: Plan, tracking_uri: str | None = None, observer: Observer = _unhea
             for event in sweep.report()["trajectories"]
             if event["state"] == "failed"
         ]
-        reason = "; ".join(reasons + ([_last_line(cause)] if cause else []))
+        reason = "; ".join(reasons + ([_last_line(str(cause) or repr(cause))] if cause else []))
         tell({"event": "end", "state": "failed" if reason else "done", "reason": reason})
     if reason:
         raise SweepFailed(reason) from cause
@@ -124,13 +124,13 @@ def retrain_ticket(
         try:
             retrain(space, jobs, ray.put(dataset), sweep.path, workers, tell)
         except Exception as error:
-            raise SweepFailed(_last_line(error)) from error
+            raise SweepFailed(_last_line(str(error) or repr(error))) from error
     return select(sweep.events(), "retrained")[-1]
 
 
-def _last_line(error: Exception) -> str:
+def _last_line(error: str) -> str:
     # What Ray brings from a worker is a traceback, and its last line says what happened.
-    return (str(error).strip() or repr(error)).splitlines()[-1]
+    return error.strip().splitlines()[-1]
 
 
 @contextlib.contextmanager
@@ -213,7 +213,8 @@ class _Teller(tune.Callback):
                 "penalty": point.penalty,
                 "seed": point.seed,
                 "state": "failed",
-                "reason": _last_line(trial.get_error() or RuntimeError("the trial's worker died")),
+                # Tune has the error in this file before its own methods find it.
+                "reason": _last_line(Path(str(trial.error_file)).read_text(encoding="utf-8")),
                 "epochs": 0,
                 "train_macs": 0,
                 "seconds": 0.0,

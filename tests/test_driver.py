@@ -48,7 +48,7 @@ def sweep(ray_instance, place, store, heard):  # noqa: ARG001
 
 
 def ids(sweep):
-    return sorted(event["ticket"] for event in select(sweep.events(), "ticket"))
+    return sorted({event["ticket"] for event in select(sweep.events(), "ticket")})
 
 
 def test_every_trajectory_ends_and_every_ticket_is_whole(sweep):
