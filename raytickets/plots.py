@@ -122,7 +122,7 @@ def accuracy_against_macs(
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.margins(y=0.15)
         axes.grid(alpha=0.3)
-    panels[0].legend(frameon=False, loc="lower right", bbox_to_anchor=(0.9, 0))
+    panels[0].legend(frameon=False, loc="lower right", bbox_to_anchor=(0.85, 0))
     return figure
 
 

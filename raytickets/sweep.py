@@ -58,7 +58,8 @@ class Sweep:
         opening = self.opening()
         tickets = {e["ticket"]: e for e in select(events, "ticket")}
         trajectories = {e["trajectory"]: e for e in select(events, "trajectory")}
-        retrained = {e["run"]: e for e in select(events, "retrained")}
+        # The sweep's own retraining, not what `raytickets retrain` did later by another recipe.
+        retrained = {e["run"]: e for e in reversed(select(events, "retrained"))}
         winners = [id for e in select(events, "winners")[-1:] for id in e["tickets"]]
         endings = select(events, "end")
 

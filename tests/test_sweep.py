@@ -121,10 +121,10 @@ def test_what_was_done_again_counts_as_it_was_done_last(sweep):
     assert [end["state"] for end in report["trajectories"]] == ["drawn", "not converged"]
 
 
-def test_a_winner_that_was_retrained_again_costs_what_it_cost_last(sweep):
+def test_retraining_a_winner_later_by_another_recipe_leaves_the_report_alone(sweep):
     longer = retrained(SMALL, 350_000, 350 * GIGA, 0.97)
-    row = sweep([*FINISHED, epoch(SMALL, 60), longer]).report()["winners"][1]
-    assert (row["test_accuracy"], row["relative_cost"]) == (0.97, 0.53)
+    later = sweep([*FINISHED, epoch(SMALL, 60), longer]).report()
+    assert later["winners"] == sweep(FINISHED).report()["winners"]
 
 
 @pytest.mark.parametrize(
