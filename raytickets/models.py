@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -221,7 +221,14 @@ def _find_builder(name: str) -> Callable[..., Any]:
 
 
 def _torchvision(name: str, *, num_classes: int, in_channels: int, **options: Any) -> nn.Module:
-    from torchvision.models import get_model
+    # For a question that only its detection operators ask, torchvision imports torch._dynamo: 4 s.
+    answer = SimpleNamespace(is_compile_supported=lambda device: False)  # noqa: ARG005
+    lent = sys.modules.setdefault("torch._dynamo.utils", answer)  # type: ignore[arg-type]
+    try:
+        from torchvision.models import get_model
+    finally:
+        if lent is answer:
+            del sys.modules["torch._dynamo.utils"]
 
     fixed = {}
     if name in ("googlenet", "inception_v3"):
