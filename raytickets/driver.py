@@ -273,7 +273,8 @@ def _retrain_winners(
     """Choose the winners, then retrain them and the dense reference, but for those that are."""
     events = sweep.events()
     tickets = {event["ticket"]: event for event in select(events, "ticket")}
-    found = list(tickets.values())
+    # By id, since trajectories that run side by side draw in no fixed order.
+    found = [tickets[ticket] for ticket in sorted(tickets)]
     front = cost.pareto_front(
         [event["proof_accuracy"] for event in found], [event["macs"] for event in found]
     )

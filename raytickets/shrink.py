@@ -94,10 +94,11 @@ def gammas(network: nn.Module) -> Tensor:
 
 
 def scorer(network: nn.Module, groups: Sequence[ChannelGroup]) -> Callable[[], Tensor]:
-    """A function of no arguments that gives `scores(network, groups)` as of its call.
+    """A function of no arguments that scores the channels as they are when it is called.
 
-    What depends on the groups only is worked out here, so that a call costs one copy from the
-    device and one indexed sum.
+    It gives each mask channel's mean abs(gamma) over its BatchNorm channels: float32 [sum of
+    group widths] on the CPU, groups in the order given. What depends on the groups only is worked
+    out here, so that a call costs one copy from the device and one indexed sum.
     """
     starts, start = {}, 0
     for name, norm in _batchnorms(network):
@@ -116,14 +117,6 @@ def scorer(network: nn.Module, groups: Sequence[ChannelGroup]) -> Callable[[], T
         return torch.zeros(offset).index_add_(0, owner, gammas(network).cpu()[source]) / counts
 
     return score
-
-
-def scores(network: nn.Module, groups: Sequence[ChannelGroup]) -> Tensor:
-    """Each mask channel's mean abs(gamma) over its BatchNorm channels.
-
-    Float32 [sum of group widths] on the CPU, groups in the order given.
-    """
-    return scorer(network, groups)()
 
 
 def mask_network(network: nn.Module, groups: Sequence[ChannelGroup], mask: Tensor):

@@ -19,7 +19,6 @@ from raytickets.shrink import (
     gammas,
     mask_network,
     scorer,
-    scores,
     shrink,
 )
 
@@ -287,10 +286,10 @@ def test_a_score_is_the_mean_scale_over_the_batchnorms_of_its_channel(name):
                 if owner == channel
             ]
             expected.append(sum(scales) / len(scales))
-    found = scores(network, groups)
+    found = scorer(network, groups)()
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, torch.tensor(expected))
-    assert torch.equal(found, scores(network, groups))
+    assert torch.equal(found, scorer(network, groups)())
 
 
 def test_a_scorer_sees_what_has_changed_since():
