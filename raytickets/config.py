@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 Rule = Literal["corrected", "paper"]
+Precision = Literal["auto", "float32", "bfloat16"]
+Loading = Literal["auto", "memory", "stream"]
 Schedule = Literal["constant", "cosine", "multistep"]
 Weights = Literal["inherit", "reinit"]
 
@@ -123,6 +125,11 @@ class Data:
     limit: int | None = None
     """Use this many training images at most, and as many for validation and test together."""
     split_seed: int = 0
+    loading: Loading = "auto"
+    """`memory` decodes every image once and keeps it as bytes, `stream` decodes the files again in
+    every epoch; `auto` streams what would take over a quarter of this machine's memory."""
+    loader_workers: int = 2
+    """Processes that decode for each trajectory that streams."""
 
     def __post_init__(self):
         _choice("data.source", self.source, ("digits", "folder"))
@@ -140,6 +147,10 @@ class Data:
         if self.limit is not None:
             _whole("data.limit", self.limit, 10)
         _whole("data.split_seed", self.split_seed, 0)
+        _choice("data.loading", self.loading, get_args(Loading))
+        if self.loading == "stream" and self.source == "digits":
+            raise InputError("data.loading", self.loading, "digits are always in memory")
+        _whole("data.loader_workers", self.loader_workers, 1)
 
 
 @dataclass(frozen=True)
@@ -152,9 +163,12 @@ class StopRule:
     threshold: float | None = None
     """Largest mask distance that still counts as the same mask; None is the rule's own
     (0.1 of the channels for `paper`, 0.2 of chance for `corrected`)."""
+    checks_per_epoch: int = 1
+    """Looks at the masks in every epoch; the window counts looks."""
 
     def __post_init__(self):
         _choice("stop_rule.rule", self.rule, get_args(Rule))
+        _whole("stop_rule.checks_per_epoch", self.checks_per_epoch, 1)
         _whole("stop_rule.window", self.window, 2)
         if self.threshold is not None:
             _share("stop_rule.threshold", self.threshold)
@@ -180,11 +194,7 @@ class Training:
 
     def validate(self, name: str):
         _whole(f"{name}.epochs", self.epochs, 1)
-        _whole(f"{name}.batch_size", self.batch_size, 2)
-        _positive(f"{name}.learning_rate", self.learning_rate)
-        allowed = "must be at least 0 and below 1"
-        _number(f"{name}.momentum", self.momentum, above=-1e-300, below=1, allowed=allowed)
-        _not_negative(f"{name}.weight_decay", self.weight_decay)
+        _steps(name, self)
         _choice(f"{name}.schedule", self.schedule, get_args(Schedule))
         _kind(f"{name}.milestones", self.milestones, tuple)
         for milestone in self.milestones:
@@ -212,6 +222,54 @@ class Retraining(Training):
             if self.batch_size % self.num_workers:
                 allowed = f"must divide {name}.batch_size, which is {self.batch_size}"
                 raise InputError(f"{name}.num_workers", self.num_workers, allowed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proof:
+    """The short fine-tunes that rank shrunk tickets, by successive halving (Jamieson and Talwalkar
+    2016, arXiv 1502.07943).
+
+    In a rung every ticket is fine-tuned from its draw with the same MACs, under a learning rate
+    that falls to 0 as a cosine. The better half goes on to the next rung, which has twice the MACs.
+    """
+
+    budget: float = 1.0
+    """MACs of the first rung, in epochs of training the dense network."""
+    rungs: int = 2
+    batch_size: int = 64
+    learning_rate: float = 0.02
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+
+    def __post_init__(self):
+        _positive("proof.budget", self.budget)
+        _whole("proof.rungs", self.rungs, 1)
+        _steps("proof", self)
+
+
+def _steps(name: str, recipe: Training | Proof):
+    _whole(f"{name}.batch_size", recipe.batch_size, 2)
+    _positive(f"{name}.learning_rate", recipe.learning_rate)
+    allowed = "must be at least 0 and below 1"
+    _number(f"{name}.momentum", recipe.momentum, above=-1e-300, below=1, allowed=allowed)
+    _not_negative(f"{name}.weight_decay", recipe.weight_decay)
+
+
+@dataclass(frozen=True)
+class Halving:
+    """Asynchronous successive halving of trajectories (ASHA: Li et al. 2020, arXiv 1810.05934).
+
+    After `grace` epochs, and again after each `reduction` times as many, a trajectory ends if its
+    validation accuracy is not in the best 1/`reduction` of those that came so far. One that is
+    about to draw a ticket goes on.
+    """
+
+    grace: int = 5
+    reduction: int = 2
+
+    def __post_init__(self):
+        _whole("halving.grace", self.grace, 1)
+        _whole("halving.reduction", self.reduction, 2)
 
 
 @dataclass(frozen=True)
@@ -248,11 +306,20 @@ class SearchSpace:
     training: Training
     """The trajectory's recipe; its epochs are the budget."""
     retraining: Retraining
-    proof: Training = field(default_factory=lambda: Training(epochs=2, schedule="cosine"))
-    """The short fine-tune of a shrunk ticket that ranks it."""
+    proof: Proof = field(default_factory=Proof)
     stop_rule: StopRule = field(default_factory=StopRule)
     min_channels: int = 1
     """Each channel group keeps at least this many, its best ones."""
+    round_to: int = 1
+    """Each channel group's width is rounded up to a multiple of this, where the group has as many,
+    by keeping the best of the channels to drop: processors compute in blocks of 8 or 16."""
+    precision: Precision = "auto"
+    """What convolutions and matrix products compute in; weights are float32 always. `auto` is
+    bfloat16 where the processor has instructions for it (see `raytickets.train.numerics`)."""
+    channels_last: bool = True
+    """Keep images and weights in memory with the channels innermost."""
+    halving: Halving | None = None
+    """Ends trajectories early that fall behind the others; None lets all of them draw."""
     seeds: tuple[int, ...] = (0,)
     winners: int = 3
     """How many tickets of the Pareto set are retrained at most."""
@@ -265,7 +332,7 @@ class SearchSpace:
             ("network", Network),
             ("data", Data),
             ("training", Training),
-            ("proof", Training),
+            ("proof", Proof),
             ("retraining", Retraining),
             ("stop_rule", StopRule),
             ("resources", Resources),
@@ -276,11 +343,16 @@ class SearchSpace:
         _sequence("seeds", self.seeds, _seed)
         _whole("min_channels", self.min_channels, 1)
         _whole("winners", self.winners, 1)
+        _whole("round_to", self.round_to, 1)
+        _choice("precision", self.precision, get_args(Precision))
+        _kind("channels_last", self.channels_last, bool)
+        if self.halving is not None:
+            _kind("halving", self.halving, Halving)
         self.training.validate("training")
-        self.proof.validate("proof")
         self.retraining.validate("retraining")
-        if self.training.epochs < self.stop_rule.window:
-            allowed = f"must be at least stop_rule.window, which is {self.stop_rule.window}"
+        window, checks = self.stop_rule.window, self.stop_rule.checks_per_epoch
+        if self.training.epochs * checks < window:
+            allowed = f"must be enough for stop_rule.window, which is {window}"
             raise InputError("training.epochs", self.training.epochs, allowed)
 
     def as_dict(self) -> dict[str, Any]:
@@ -298,11 +370,13 @@ class SearchSpace:
             "network": Network,
             "data": Data,
             "training": Training,
-            "proof": Training,
+            "proof": Proof,
             "retraining": Retraining,
             "stop_rule": StopRule,
             "resources": Resources,
         }
+        if values.get("halving") is not None:
+            parts["halving"] = Halving
         try:
             built = {name: part(**_tuples(values[name])) for name, part in parts.items()}
             return cls(**_tuples(values) | built)

@@ -24,6 +24,7 @@ class Progress:
         self._live = Live(console=console, refresh_per_second=4)
         self._status = console.status("starting Ray")
         self._trajectories: dict[str, dict[str, Any]] = {}
+        self._proofs: dict[str, Event] = {}
         self._retraining: dict[str, Event] = {}
 
     def __enter__(self) -> "Progress":
@@ -47,6 +48,12 @@ class Progress:
                 row["tickets"][event["prune_ratio"]] = event
             else:
                 row[kind] = event
+            if kind == "check":
+                row.pop("trajectory", None)  # One that failed runs again.
+                if event["validation_accuracy"] is not None:  # It is, within an epoch.
+                    row["validation_accuracy"] = event["validation_accuracy"]
+        elif kind == "proof":
+            self._proofs[event["ticket"]] = event
         elif kind in ("epoch", "retrained"):
             self._retraining[event["run"]] = self._retraining.get(event["run"], {}) | event
         if not self._console.is_terminal or self._console.is_dumb_terminal:
@@ -61,14 +68,22 @@ class Progress:
         match event["event"]:
             case "check":
                 distances = "  ".join(f"{r}: {_distance(d)}" for r, d in event["distances"].items())
+                accuracy = event["validation_accuracy"]
                 return (
-                    f"{event['trajectory']}  epoch {event['epoch']}/{self._space.training.epochs}"
-                    f"  validation {event['validation_accuracy']:.1%}  mask distance {distances}"
+                    f"{event['trajectory']}"
+                    f"  epoch {_epoch(event['epoch'])}/{self._space.training.epochs}"
+                    + (f"  validation {accuracy:.1%}" if accuracy is not None else "")
+                    + f"  mask distance {distances}"
                 )
             case "ticket":
                 return (
                     f"{event['trajectory']}  drew ticket {event['ticket']} at prune ratio"
                     f" {event['prune_ratio']:g}: proof {event['proof_accuracy']:.1%}"
+                )
+            case "proof":
+                return (
+                    f"ticket {event['ticket']}"
+                    f"  proof in rung {event['rung']}: {event['proof_accuracy']:.1%}"
                 )
             case "trajectory":
                 reason = f" ({event['reason']})" if event["reason"] else ""
@@ -97,24 +112,25 @@ class Progress:
         shown = self._trajectories
         rule = self._space.stop_rule
         notes = [
-            f"Under each prune ratio: the mask distance (- before epoch {rule.window}) until it is"
+            f"Under each prune ratio: the mask distance (- before check {rule.window}) until it is"
             f" at most {rule.limit:g}, then the ticket's proof accuracy @ draw epoch."
         ]
         if len(shown) > self._console.height // 2:
             shown = {name: row for name, row in shown.items() if "trajectory" not in row}
             notes.append(f"{len(self._trajectories) - len(shown)} trajectories have ended.")
+        if self._proofs:
+            notes.append(_proved_again([proof["rung"] for proof in self._proofs.values()]))
         for name, row in shown.items():
             check, ended = row.get("check"), row.get("trajectory")
             penalty, seed = name.removeprefix("penalty").rsplit("-seed")
             cells = [penalty, seed] if seeds else [penalty]
-            if check:
-                cells.append(f"{check['epoch']}/{self._space.training.epochs}")
-                cells.append(f"{check['validation_accuracy']:.1%}")
-            else:
-                cells += ["", ""]
+            cells.append(f"{_epoch(check['epoch'])}/{self._space.training.epochs}" if check else "")
+            accuracy = row.get("validation_accuracy")
+            cells.append("-" if accuracy is None else f"{accuracy:.1%}")
             for ratio in ratios:
                 if ticket := row["tickets"].get(ratio):
-                    drawn = f"{ticket['proof_accuracy']:.1%} @{ticket['draw_epoch']}"
+                    last = self._proofs.get(ticket["ticket"]) or ticket
+                    drawn = f"{last['proof_accuracy']:.1%} @{_epoch(ticket['draw_epoch'])}"
                     cells.append(f"[green]{drawn}[/]")
                 else:
                     cells.append(_distance(check["distances"][f"{ratio:g}"] if check else None))
@@ -151,6 +167,18 @@ def _table(title: str, headers: list[str], right: list[str]) -> Table:
     return table
 
 
+def _proved_again(reached: list[int]) -> str:
+    """How many tickets came to each rung above the first; `reached` is the last one of each."""
+    rungs = range(2, max(reached) + 1)
+    counts = [f"{sum(last >= rung for last in reached)} in rung {rung}" for rung in rungs]
+    return f"Tickets proved again with more MACs: {', '.join(counts)}."
+
+
+def _epoch(epoch: float) -> str:
+    """Two decimals at most: 8, 8.5, 8.33."""
+    return f"{epoch:.2f}".rstrip("0").rstrip(".")
+
+
 def _distance(distance: float | None) -> str:
     return "-" if distance is None else f"{distance:.2f}"
 
@@ -167,34 +195,51 @@ def report_table(report: Mapping[str, Any]) -> Group:
             row["run"],
             f"{row['penalty']:g}" if winner else "",
             f"{row['prune_ratio']:g}" if winner else "",
-            str(row["draw_epoch"]) if winner else "",
+            _epoch(row["draw_epoch"]) if winner else "",
             "-" if row["test_accuracy"] is None else f"{row['test_accuracy']:.2%}",
             _relative(row["macs"], dense["macs"]),
             _relative(row["params"], dense["params"]),
             "-" if row["relative_cost"] is None else f"{row['relative_cost']:.0%}",
         )
-    tickets, trajectories = report["tickets"], report["trajectories"]
     legend = Table.grid(padding=(0, 2, 0, 0))
     for header, meaning in _LEGEND.items():
         legend.add_row(header, meaning)
-    summary = f"Trajectories: {len(trajectories)}. Tickets: {len(tickets)}."
-    if report["sweep_cost"] is not None:
-        summary += f" Cost of the search and of all winners' retraining: {report['sweep_cost']:.0%}"
-    lines = ["", summary]
+    tickets, trajectories = report["tickets"], report["trajectories"]
+    lines = [f"Trajectories: {len(trajectories)}. Tickets: {len(tickets)}."]
+    reached = [ticket["proof_rung"] for ticket in tickets]
+    if max(reached, default=1) > 1:
+        lines.append(_proved_again(reached))
     for event in trajectories:
         left = [f"{ratio} {s}" for ratio, s in event["ratios"].items() if s != "drawn"]
         if left:
             reason = f" ({event['reason']})" if event["reason"] else ""
             lines.append(f"{event['trajectory']}: prune ratio {', '.join(left)}{reason}")
-    return Group(table, "", legend, *map(Text, lines))
+    costs = ["", _costs(report), ""] if report["sweep_cost"] is not None else [""]
+    return Group(table, "", legend, *costs, *map(Text, lines))
 
 
 _LEGEND = {
     "test": "accuracy on the test images",
     "MACs": "of one image forward; % is of the dense network's, as for params",
-    "cost": "MACs of training, % of the dense network's; a winner's are its retraining and an"
-    " equal share of the search",
+    "cost": "MACs of training, counted and not timed, % of the dense network's; a winner's are"
+    " its retraining and an equal share of the search",
 }
+
+
+def _costs(report: Mapping[str, Any]) -> Group:
+    """What the whole sweep cost, and what it would have without what saves MACs."""
+    cost = report["sweep_cost"]
+    rows = Table.grid(padding=(0, 2, 0, 0))
+    rows.add_column(justify="right")
+    rows.add_row(f"{cost:.0%}", "this sweep: the search, and the retraining of all winners")
+    for key, other, saver in (
+        ("without_sharing", "a trajectory for each prune ratio", "sharing them"),
+        ("without_halving", "every ticket retrained in place of proofs", "proofs"),
+    ):
+        saved = 1 - cost / report[key]
+        verdict = f"saved {saved:.0%}" if saved > -0.005 else f"cost {-saved:.0%} more"
+        rows.add_row(f"{report[key]:.0%}", f"with {other}: {saver} {verdict}")
+    return Group("The sweep's cost as counted MACs of training, % of the dense network's:", rows)
 
 
 def _relative(value: int, dense: int) -> str:
@@ -222,7 +267,9 @@ def ticket_table(ticket: Ticket) -> Group:
         "prune ratio": f"{manifest['prune_ratio']:g}",
         "learning rate": f"{manifest['learning_rate']:g}",
         "seed": manifest["seed"],
-        "drawn": f"epoch {draw['epoch']}, check {draw['check']}",
+        "drawn": f"epoch {_epoch(draw['epoch'])}, check {draw['check']}",
+        "precision": manifest["precision"],
+        "rounded to": f"multiples of {manifest['round_to']}",
         "stop rule": f"{rule['rule']}, window {rule['window']}, threshold {rule['threshold']:g}",
         "distances": ", ".join(f"{distance:.3f}" for distance in rule["distances"]),
         "floor acted on": ", ".join(manifest["min_channels"]["acted_on"]) or "no group",

@@ -1,7 +1,5 @@
-"""What networks and training cost, and which tickets are worth their cost."""
+"""What networks and training cost."""
 
-import math
-from collections.abc import Sequence
 from unittest import mock
 
 import torch
@@ -34,18 +32,3 @@ def params(network: nn.Module) -> int:
 def training_macs(forward_macs: int, samples: int) -> int:
     """MACs of training on `samples` images: the backward pass counts as two forward passes."""
     return 3 * forward_macs * samples
-
-
-def pareto_front(accuracies: Sequence[float], costs: Sequence[int]) -> list[int]:
-    """Places of the points that no other point beats in both, cheapest first.
-
-    Of equal points the first one stands.
-    """
-    order = sorted(range(len(costs)), key=lambda place: (costs[place], -accuracies[place], place))
-    front: list[int] = []
-    best = -math.inf
-    for place in order:
-        if accuracies[place] > best:
-            front.append(place)
-            best = accuracies[place]
-    return front

@@ -1,29 +1,30 @@
-"""Labelled images as uint8 arrays: reading, splitting and batching them."""
+"""Labelled images in three splits, as pixels in memory or as files to decode when they are used."""
 
+import dataclasses
 import hashlib
 import os
-import warnings
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from raytickets.config import Data, InputError
+from raytickets.folder import Files, ImageFolder, list_folder, open_image, read_images
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
-"""Files with these endings are images, as in torchvision's ImageFolder."""
+EVALUATION_BATCH = 512
+"""Images that are evaluated at a time."""
+
+_STATISTICS_SAMPLE = 2048
+_STATISTICS_CHUNK = 64
 
 
 @dataclass(frozen=True)
 class Images:
-    """One split: uint8 images [N, channels, height, width] and int64 labels [N]."""
+    """One split in memory: uint8 images [N, height, width, channels] and int64 labels [N]."""
 
     images: np.ndarray
     labels: np.ndarray
@@ -31,20 +32,25 @@ class Images:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def take(self, places: np.ndarray) -> "Images":
-        return Images(self.images[places], self.labels[places])
+    def pixels(self, places: np.ndarray) -> np.ndarray:
+        return self.images[places]
 
 
 @dataclass(frozen=True)
 class DataSet:
     """Three disjoint splits of square labelled images of one size."""
 
-    train: Images
-    validation: Images
-    test: Images
+    train: Images | Files
+    validation: Images | Files
+    test: Images | Files
     shape: "Shape"
+    mean: tuple[float, ...]
+    """Per channel, of at most 2,048 training images drawn by `data.split_seed`."""
+    deviation: tuple[float, ...]
+    """The standard deviation of the same pixels, at least 0.001."""
     fingerprint: str
-    """SHA-256 over the images and labels of the three splits."""
+    """SHA-256 over the three splits: of pixels and labels in memory, of relative paths, file sizes
+    and labels in a stream. The same images have different ones in memory and in a stream."""
 
 
 @dataclass(frozen=True)
@@ -63,32 +69,72 @@ class Shape:
 def load_data(data: Data) -> DataSet:
     """Read, split and fingerprint the images that `data` names.
 
-    Raises InputError if the folder, its layout or an image cannot be used.
+    Images that are streamed are only listed, but for those that mean and deviation are of. Their
+    files have to be at the same path on every machine that trains.
+
+    Raises InputError if the folder, its layout or an image cannot be used, or memory is too small.
     """
-    shape = describe(data)
     if data.source == "digits":
-        splits = {"train": _digits()}
+        shape, (images, labels) = describe(data), _digits()
+        places = _split(data, labels, {"train": np.arange(len(labels))})
+        splits = {name: Images(images[places[name]], labels[places[name]]) for name in places}
     else:
-        crop = data.image_size is not None
-        splits = {n: _decode(files, shape.size, crop) for n, files in _list_splits(data).items()}
-    generator = np.random.default_rng(data.split_seed)
-    shares = {"validation": data.validation, "test": data.test}
-    missing = {name: share for name, share in shares.items() if name not in splits}
-    splits |= _carve(splits["train"], missing, len(shape.classes), generator)
-    if data.limit is not None:
-        most = {"train": data.limit, "validation": data.limit // 2, "test": data.limit // 2}
-        for name, split in splits.items():
-            splits[name] = split.take(generator.permutation(len(split))[: most[name]])
-    digest = hashlib.sha256()
-    for name in ("train", "validation", "test"):
-        if not len(splits[name]):
-            raise InputError(f"data.{name}", shares.get(name), "leaves this split without images")
-        digest.update(splits[name].images.tobytes())
-        digest.update(splits[name].labels.tobytes())
-    return DataSet(**splits, shape=shape, fingerprint=digest.hexdigest())
+        folder = list_folder(data.path)
+        shape = _folder_shape(data, folder)
+        places = _split(data, folder.labels, folder.splits)
+        files = folder.files(shape.size, resize=data.image_size is not None)
+        if _streams(data, len(folder.paths), shape.size):
+            files = dataclasses.replace(files, root=str(folder.root.resolve()))
+            splits = {name: files.take(places[name]) for name in places}
+        else:
+            images, labels = read_images(files), folder.labels
+            splits = {name: Images(images[places[name]], labels[places[name]]) for name in places}
+    mean, deviation = _statistics(splits["train"], data.split_seed)
+    fingerprint = _fingerprint([splits[name] for name in ("train", "validation", "test")])
+    return DataSet(**splits, shape=shape, mean=mean, deviation=deviation, fingerprint=fingerprint)
 
 
-def _digits() -> Images:
+def describe(data: Data) -> Shape:
+    """What `load_data` will give, from file names and one image; the same errors."""
+    if data.source == "digits":
+        return Shape(channels=1, size=8, classes=tuple("0123456789"))
+    return _folder_shape(data, list_folder(data.path))
+
+
+def _folder_shape(data: Data, folder: ImageFolder) -> Shape:
+    size = data.image_size
+    if size is None:
+        width, height = open_image(folder.root / folder.paths[0]).size
+        if width != height:
+            allowed = f"must be given, as the images are not square ({width}x{height} pixels)"
+            raise InputError("data.image_size", None, allowed)
+        size = width
+    _streams(data, len(folder.paths), size)
+    return Shape(channels=3, size=size, classes=folder.classes)
+
+
+def physical_memory() -> int:
+    """This machine's memory in bytes."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _streams(data: Data, count: int, size: int) -> bool:
+    """Whether so many images of a folder are streamed; InputError if memory is too small."""
+    pixels, memory = 3 * size * size, physical_memory()
+    needed = count * pixels
+    if data.loading == "memory" and needed > memory / 2:
+        taken = f"{count} images of {size} pixels take {needed >> 30} GiB, over half the memory"
+        allowed = f"{taken}: choose `stream`, or a smaller data.image_size"
+        raise InputError("data.loading", data.loading, allowed)
+    batch = min(count, EVALUATION_BATCH)
+    in_float32 = batch * pixels * 4
+    if in_float32 > memory / 2:
+        allowed = f"{batch} images at a time take {in_float32 >> 30} GiB, over half the memory"
+        raise InputError("data.image_size", size, allowed)
+    return data.loading == "stream" or (data.loading == "auto" and needed > memory / 4)
+
+
+def _digits() -> tuple[np.ndarray, np.ndarray]:
     # What sklearn.datasets.load_digits reads, without the 4 s that its import takes.
     package = find_spec("sklearn")
     assert package is not None
@@ -96,178 +142,70 @@ def _digits() -> Images:
     path = Path(package.origin).parent / "datasets/data/digits.csv.gz"
     rows = np.loadtxt(path, delimiter=",", dtype=np.uint8)
     images = (rows[:, :-1] * (255 / 16)).round().astype(np.uint8)
-    return Images(images.reshape(-1, 1, 8, 8), rows[:, -1].astype(np.int64))
+    return images.reshape(-1, 8, 8, 1), rows[:, -1].astype(np.int64)
+
+
+def _split(
+    data: Data, labels: np.ndarray, given: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """The places of every split's images among the labels, where some splits are given."""
+    generator = np.random.default_rng(data.split_seed)
+    shares = {"validation": data.validation, "test": data.test}
+    missing = {name: share for name, share in shares.items() if name not in given}
+    splits = {**given, **_carve(labels, given["train"], missing, generator)}
+    if data.limit is not None:
+        most = {"train": data.limit, "validation": data.limit // 2, "test": data.limit // 2}
+        for name, places in splits.items():
+            splits[name] = places[generator.permutation(len(places))[: most[name]]]
+    for name, places in splits.items():
+        if not len(places):
+            raise InputError(f"data.{name}", shares.get(name), "leaves this split without images")
+    return splits
 
 
 def _carve(
-    images: Images, shares: Mapping[str, float], classes: int, generator: np.random.Generator
-) -> dict[str, Images]:
-    """Split off these shares of every class; what is left is `train`."""
+    labels: np.ndarray,
+    train: np.ndarray,
+    shares: Mapping[str, float],
+    generator: np.random.Generator,
+) -> dict[str, np.ndarray]:
+    """Split off these shares of every class of the training images; what is left is `train`."""
     parts: dict[str, list[np.ndarray]] = {name: [] for name in [*shares, "train"]}
-    for label in range(classes):
-        places = generator.permutation(np.flatnonzero(images.labels == label))
+    for label in np.unique(labels):
+        places = generator.permutation(train[labels[train] == label])
+        total = len(places)
         for name, share in shares.items():
-            count = round(share * (images.labels == label).sum())
+            count = round(share * total)
             parts[name].append(places[:count])
             places = places[count:]
         parts["train"].append(places)
-    return {name: images.take(np.sort(np.concatenate(part))) for name, part in parts.items()}
+    return {name: np.sort(np.concatenate(part)) for name, part in parts.items()}
 
 
-def list_images(folder: Path, classes: tuple[str, ...] | None = None) -> dict[str, list[Path]]:
-    """The image files of an ImageFolder by class, both sorted by name.
-
-    Raises InputError if a class folder holds no image, there are fewer than two classes, or the
-    classes are not the given ones.
-    """
-    found: dict[str, list[Path]] = {}
-    for child in sorted(path for path in folder.iterdir() if path.is_dir()):
-        files = sorted(path for path in child.rglob("*") if path.suffix.lower() in SUFFIXES)
-        if not files:
-            raise InputError("data.path", str(child), "this class folder holds no image")
-        found[child.name] = files
-    if len(found) < 2:
-        allowed = "must hold at least two class folders with images, <class>/<image>"
-        raise InputError("data.path", str(folder), allowed)
-    if classes is not None and tuple(found) != classes:
-        allowed = f"must have the same class folders as train/, which are {', '.join(classes)}"
-        raise InputError("data.path", str(folder), allowed)
-    return found
+def _statistics(train: Images | Files, seed: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel, from whole numbers: exact in any order."""
+    places = np.arange(len(train))
+    if len(train) > _STATISTICS_SAMPLE:
+        drawn = np.random.default_rng(seed).choice(places, _STATISTICS_SAMPLE, replace=False)
+        places = np.sort(drawn)
+    counts = np.zeros(1, np.int64)
+    for start in range(0, len(places), _STATISTICS_CHUNK):
+        pixels = train.pixels(places[start : start + _STATISTICS_CHUNK])
+        channels = pixels.reshape(-1, pixels.shape[-1]).T
+        counts = counts + np.stack([np.bincount(c, minlength=256) for c in channels])
+    values, total = np.arange(256), counts.sum(1)
+    mean = counts @ values / total
+    variance = (counts @ values**2 / total - mean**2).clip(min=1e-6)
+    return tuple(mean.tolist()), tuple(np.sqrt(variance).tolist())
 
 
-def _list_splits(data: Data) -> dict[str, dict[str, list[Path]]]:
-    root = Path(str(data.path)).expanduser()
-    if not root.is_dir():
-        allowed = "must be a folder with train/<class>/<image> and test/<class>/<image>"
-        raise InputError("data.path", data.path, allowed)
-    folders = {name: root / name for name in ("train", "validation", "test")}
-    folders = {name: folder for name, folder in folders.items() if folder.is_dir()}
-    if "train" not in folders:
-        folders = {"train": root}
-    splits = {"train": list_images(folders.pop("train"))}
-    classes = tuple(splits["train"])
-    return splits | {name: list_images(folder, classes) for name, folder in folders.items()}
-
-
-def describe(data: Data) -> Shape:
-    """What `load_data` will give, from file names and one image; the same errors."""
-    if data.source == "digits":
-        return Shape(channels=1, size=8, classes=tuple("0123456789"))
-    splits = _list_splits(data)
-    classes = tuple(splits["train"])
-    size = data.image_size
-    if size is None:
-        width, height = _open(splits["train"][classes[0]][0]).size
-        if width != height:
-            allowed = f"must be given, as the images are not square ({width}x{height} pixels)"
-            raise InputError("data.image_size", None, allowed)
-        size = width
-    count = sum(len(paths) for split in splits.values() for paths in split.values())
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if (needed := count * 3 * size * size) > memory / 2:
-        allowed = f"{count} images of {size} pixels take {needed >> 30} GiB, over half the memory"
-        raise InputError("data.image_size", size, allowed)
-    return Shape(channels=3, size=size, classes=classes)
-
-
-def _decode(files: dict[str, list[Path]], size: int, crop: bool) -> Images:
-    paths = [path for split in files.values() for path in split]
-    labels = np.repeat(np.arange(len(files)), [len(split) for split in files.values()])
-    images = np.empty((len(paths), 3, size, size), dtype=np.uint8)
-
-    def decode(place: int) -> None:
-        image = _open(paths[place])
-        if crop:
-            image = ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
-        elif image.size != (size, size):
-            allowed = f"must be given, as images differ in size ({paths[place]})"
-            raise InputError("data.image_size", None, allowed)
-        images[place] = np.asarray(image).transpose(2, 0, 1)
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for _ in pool.map(decode, range(len(paths))):
-            pass
-    return Images(images, labels.astype(np.int64))
-
-
-def _open(path: Path) -> Image.Image:
-    try:
-        return Image.open(path).convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
-        raise InputError("data.path", str(path), f"is not a readable image ({error})") from error
-
-
-class Batches:
-    """Batches of one split as normalised float32 tensors on one device.
-
-    Normalisation takes mean and standard deviation over the training images, per channel.
-    """
-
-    def __init__(self, dataset: DataSet, data: Data, device: torch.device | str = "cpu"):
-        self.dataset = dataset
-        self.dataset = dataset
-        self.device = torch.device(device)
-        self.padding, self.flip = data.crop_padding, data.flip
-        self._splits = {
-            name: (_tensor(split.images, device), _tensor(split.labels, device))
-            for name in ("train", "validation", "test")
-            for split in [getattr(dataset, name)]
-        }
-        pixels = dataset.train.images.astype(np.float32)
-        mean, deviation = pixels.mean((0, 2, 3)), pixels.std((0, 2, 3))
-        self._mean = torch.tensor(mean, device=device).view(-1, 1, 1)
-        self._deviation = torch.tensor(deviation, device=device).view(-1, 1, 1).clamp(min=1e-3)
-
-    def _normalise(self, images: Tensor) -> Tensor:
-        return (images.float() - self._mean) / self._deviation
-
-    def evaluation(self, split: str, size: int = 512) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every image of a split once, in order."""
-        images, labels = self._splits[split]
-        for start in range(0, len(labels), size):
-            yield self._normalise(images[start : start + size]), labels[start : start + size]
-
-    def count(self, size: int) -> int:
-        """Training batches in an epoch: an incomplete last one is left out."""
-        return max(len(self._splits["train"][1]) // size, 1)
-
-    def training(
-        self, size: int, generator: torch.Generator, rank: int = 0, world: int = 1
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """One epoch of shuffled, cropped and flipped training batches.
-
-        Each of `world` workers gets its own `size / world` images of every batch; the same
-        generator seed on every rank gives the same order.
-        """
-        images, labels = self._splits["train"]
-        order = torch.randperm(len(labels), generator=generator)
-        reach = 2 * self.padding + 1
-        shifts = torch.randint(reach, (2, len(labels)), generator=generator)
-        flips = torch.rand(len(labels), generator=generator) < 0.5
-        for batch in range(self.count(size)):
-            places = order[batch * size : (batch + 1) * size][rank::world]
-            picked = images[places.to(self.device)]
-            if self.padding:
-                picked = crop(picked, self.padding, *shifts[:, places].to(self.device))
-            if self.flip:
-                flipped = flips[places].to(self.device)[:, None, None, None]
-                picked = torch.where(flipped, picked.flip(-1), picked)
-            yield self._normalise(picked), labels[places.to(self.device)]
-
-
-def _tensor(array: np.ndarray, device: torch.device | str) -> Tensor:
-    with warnings.catch_warnings():
-        # Ray's object store lends read-only arrays, which torch warns of; they are only read.
-        warnings.simplefilter("ignore", UserWarning)
-        return torch.from_numpy(array).to(device)
-
-
-def crop(images: Tensor, padding: int, down: Tensor, right: Tensor) -> Tensor:
-    """Shift each image inside a border of zeros, as torchvision's RandomCrop with padding does.
-
-    images is [N, channels, height, width]; down and right are int64 [N] from 0 to 2 * padding.
-    """
-    count, _, height, width = images.shape
-    padded = F.pad(images, (padding,) * 4)
-    windows = padded.unfold(2, height, 1).unfold(3, width, 1)
-    return windows[torch.arange(count, device=images.device), :, down, right]
+def _fingerprint(splits: list[Images | Files]) -> str:
+    digest = hashlib.sha256()
+    for split in splits:
+        if isinstance(split, Images):
+            digest.update(split.images.data)
+        else:
+            digest.update(b"\0".join(split.paths.tolist()))
+            digest.update(split.stats()[:, 0].tobytes())
+        digest.update(split.labels.data)
+    return digest.hexdigest()

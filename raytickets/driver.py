@@ -4,7 +4,6 @@ import contextlib
 import logging
 import os
 import socket
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,22 +17,21 @@ os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
+os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
 
 import ray
-from ray import tune
 
-from raytickets import cost
 from raytickets.config import InputError, SearchSpace
 from raytickets.data import DataSet, load_data
+from raytickets.halving import choose_winners
 from raytickets.journal import Event, Journal
 from raytickets.plan import Plan, make_plan
 from raytickets.retrain import DENSE, Job, retrain, worker_count
 from raytickets.sweep import Sweep, select
-from raytickets.ticket import DamagedTicket, load_ticket
+from raytickets.ticket import load_ticket
 from raytickets.tracking import Tracker, prepare_store, resolve_uri
-from raytickets.trajectory import Point, grid
-from raytickets.trial import Trial
+from raytickets.tuner import run_search
 
 Observer = Callable[[Event], None]
 
@@ -70,14 +68,14 @@ def run(plan: Plan, tracking_uri: str | None = None, observer: Observer = _unhea
     space, sweep = plan.space, Sweep(plan.folder)
     uri = resolve_uri(tracking_uri)
     prepare_store(uri)
-    with _cluster(space) as capacity, _told(plan.folder, uri, observer) as tell:
+    with _cluster(space) as (slots, capacity), _told(plan.folder, uri, observer) as tell:
         workers = worker_count(space, capacity)
         if plan.opening not in sweep.events():
             tell(plan.opening)
         cause = None
         try:
             data = ray.put(plan.dataset)
-            _run_trajectories(space, sweep, data, tell)
+            run_search(space, sweep, data, slots, tell)
             _retrain_winners(space, sweep, data, workers, tell)
         except Exception as error:
             cause = error
@@ -118,7 +116,7 @@ def retrain_ticket(
     dataset = load_data(space.data)
     uri = resolve_uri(tracking_uri)
     prepare_store(uri)
-    with _cluster(space) as capacity, _told(sweep.path, uri, observer) as tell:
+    with _cluster(space) as (_, capacity), _told(sweep.path, uri, observer) as tell:
         workers = worker_count(space, capacity)
         jobs = [Job(ticket.id, path)]
         try:
@@ -134,8 +132,8 @@ def _last_line(error: str) -> str:
 
 
 @contextlib.contextmanager
-def _cluster(space: SearchSpace) -> Iterator[int]:
-    """Ray, if it does not run yet: how many retraining workers it has room for."""
+def _cluster(space: SearchSpace) -> Iterator[tuple[int, int]]:
+    """Ray, if it does not run yet: how many trials and how many retraining workers fit on it."""
     started = not ray.is_initialized()
     if started:
         address = os.environ.get("RAY_ADDRESS")
@@ -158,8 +156,12 @@ def _cluster(space: SearchSpace) -> Iterator[int]:
             if amount > most:
                 field = f"resources.{kind.lower()}s_per_trial"
                 raise InputError(field, amount, f"no machine of the cluster has over {most:g}")
+        slots = sum(
+            min(int(node.get(kind, 0) / amount) for kind, amount in asked.items() if amount)
+            for node in nodes
+        )
         kind = "GPU" if space.resources.gpus_per_trial else "CPU"
-        yield int(sum(node.get(kind, 0) for node in nodes))
+        yield slots, int(sum(node.get(kind, 0) for node in nodes))
     finally:
         if started:
             ray.shutdown()
@@ -191,78 +193,6 @@ def _told(folder: Path, uri: str, observer: Observer) -> Iterator[Callable[[Even
         raise SweepFailed(owed)
 
 
-class _Teller(tune.Callback):
-    """Tells of every check that a trial reports, and of a trial that fails."""
-
-    def __init__(self, space: SearchSpace, tell: Callable[[Event], None]):
-        self._space, self._tell = space, tell
-
-    def __getstate__(self) -> dict:
-        return {}  # Tune keeps a pickle of its callbacks to restore from, which is not done here.
-
-    def on_trial_result(self, iteration, trials, trial, result, **info) -> None:  # noqa: ARG002
-        for event in result["events"]:
-            self._tell(event)
-
-    def on_trial_error(self, iteration, trials, trial, **info) -> None:  # noqa: ARG002
-        point = Point(**trial.config["point"])
-        self._tell(
-            {
-                "event": "trajectory",
-                "trajectory": point.id,
-                "penalty": point.penalty,
-                "seed": point.seed,
-                "state": "failed",
-                # Tune has the error in this file before its own methods find it.
-                "reason": _last_line(Path(str(trial.error_file)).read_text(encoding="utf-8")),
-                "epochs": 0,
-                "train_macs": 0,
-                "seconds": 0.0,
-                "ratios": {f"{ratio:g}": "failed" for ratio in self._space.prune_ratios},
-            }
-        )
-
-
-def _run_trajectories(
-    space: SearchSpace, sweep: Sweep, data: "ray.ObjectRef[DataSet]", tell: Callable[[Event], None]
-) -> None:
-    """Run those that have not ended yet; one that fails is told of and leaves the rest alone."""
-    ended = _ended_trajectories(sweep)
-    points = [point for point in grid(space) if point.id not in ended]
-    if not points:
-        return
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # The events tell of failures.
-    resources = {"cpu": space.resources.cpus_per_trial, "gpu": space.resources.gpus_per_trial}
-    trial = tune.with_parameters(Trial, space=space, dataset=data, sweep=sweep.path)
-    tune.Tuner(
-        tune.with_resources(trial, resources),
-        param_space={"point": tune.grid_search([vars(point) for point in points])},
-        tune_config=tune.TuneConfig(reuse_actors=True),
-        run_config=tune.RunConfig(
-            name=f"search-{time.time_ns()}",
-            storage_path=str(sweep.path / "ray"),
-            callbacks=[_Teller(space, tell)],
-            verbose=0,
-        ),
-    ).fit()
-    told = {event["trajectory"] for event in select(sweep.events(), "trajectory")}
-    if lost := [point.id for point in points if point.id not in told]:
-        raise RuntimeError(f"Ray Tune stopped before {', '.join(lost)} ended")
-
-
-def _ended_trajectories(sweep: Sweep) -> set[str]:
-    """Those that need not run again: they did not fail, and their tickets are whole."""
-    events = sweep.events()
-    lost = set()
-    for event in select(events, "ticket"):
-        try:
-            load_ticket(sweep.path / event["path"])
-        except DamagedTicket:
-            lost.add(event["trajectory"])
-    last = {event["trajectory"]: event["state"] for event in select(events, "trajectory")}
-    return {name for name, state in last.items() if state != "failed"} - lost
-
-
 def _retrain_winners(
     space: SearchSpace,
     sweep: Sweep,
@@ -272,13 +202,7 @@ def _retrain_winners(
 ) -> None:
     """Choose the winners, then retrain them and the dense reference, but for those that are."""
     events = sweep.events()
-    tickets = {event["ticket"]: event for event in select(events, "ticket")}
-    # By id, since trajectories that run side by side draw in no fixed order.
-    found = [tickets[ticket] for ticket in sorted(tickets)]
-    front = cost.pareto_front(
-        [event["proof_accuracy"] for event in found], [event["macs"] for event in found]
-    )
-    winners = [found[place] for place in reversed(front[-space.winners :])]
+    winners = choose_winners(space, events)
     chosen: dict[str, Any] = {"event": "winners", "tickets": [event["ticket"] for event in winners]}
     if chosen not in events:
         tell(chosen)

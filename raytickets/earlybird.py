@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from raytickets.config import StopRule
-from raytickets.masks import cut
+from raytickets.masks import thresholds
 
 
 @dataclass(frozen=True)
@@ -40,20 +40,36 @@ class MaskWindow:
     def __init__(self, rule: StopRule, ratios: Sequence[float]):
         self.rule = rule
         self.ratios = tuple(ratios)
-        self._masks: deque[Tensor] = deque(maxlen=rule.window)
+        self._order = sorted(range(len(ratios)), key=ratios.__getitem__)
+        # Masks of rising ratios are nested, so one number for each channel tells all of them: how
+        # many of them keep it. A row is that number for each channel, int32 [C].
+        self._levels: deque[Tensor] = deque(maxlen=rule.window)
 
     def check(self, scores: Tensor) -> list[Verdict]:
         """Look at one more score vector, float [C] on the CPU; one verdict per prune ratio."""
-        newest = cut(scores, self.ratios)
-        self._masks.append(newest)
-        if len(self._masks) < self.rule.window:
+        ascending = [self.ratios[place] for place in self._order]
+        newest = torch.bucketize(scores, thresholds(scores, ascending), out_int32=True)
+        self._levels.append(newest)
+        if len(self._levels) < self.rule.window:
             return [Verdict((), False) for _ in self.ratios]
-        older = torch.stack(list(self._masks)[:-1])
-        agreeing = (older == newest).sum(-1).double() / len(scores)
-        distances = 1 - agreeing
+        levels = torch.stack(list(self._levels))
+        # At a ratio two masks differ in the channels that only one level is above.
+        lower, higher = torch.minimum(levels[:-1], newest), torch.maximum(levels[:-1], newest)
+        differing = self._dropped(lower) - self._dropped(higher)
+        distances = 1 - (len(scores) - differing).double() / len(scores)
         if self.rule.rule == "corrected":
-            ratios = torch.tensor(self.ratios, dtype=torch.float64)
+            ratios = torch.tensor(ascending, dtype=torch.float64)
             distances /= 2 * ratios * (1 - ratios)
-            chose_nothing = ~older.any(-1) | ~newest.any(-1)
-            distances[chose_nothing] = 1.0
-        return [Verdict(tuple(row), max(row) <= self.rule.limit) for row in distances.T.tolist()]
+            nothing = self._dropped(levels) == len(scores)
+            distances[nothing[:-1] | nothing[-1]] = 1.0
+        verdicts: list[Verdict] = [Verdict((), False)] * len(self.ratios)
+        for place, row in zip(self._order, distances.T.tolist(), strict=True):
+            verdicts[place] = Verdict(tuple(row), max(row) <= self.rule.limit)
+        return verdicts
+
+    def _dropped(self, levels: Tensor) -> Tensor:
+        """How many channels of each row the masks of the rising ratios drop: int64 [rows, K]."""
+        rows, kinds = len(levels), len(self.ratios) + 1
+        offsets = torch.arange(rows, dtype=torch.int32)[:, None] * kinds
+        counts = (levels + offsets).flatten().bincount(minlength=rows * kinds)
+        return counts.view(rows, kinds).cumsum(1)[:, :-1]

@@ -4,14 +4,18 @@ Events, by their `event` field (`run` is a trajectory, a ticket, or `dense`):
 
 sweep        name, space (all fields), fingerprint, channels, dense {macs, params}, data
              {fingerprint, train, validation, test}, versions {package: version}
-check        trajectory, check, epoch, loss, validation_accuracy, distances {ratio: distance or
-             null while the window fills}, train_macs and seconds since the trajectory began
+check        trajectory, check, epoch (a fraction within one), loss since the last check,
+             validation_accuracy (null within an epoch), distances {ratio: distance or null while
+             the window fills}, about_to_draw (a distance is within twice the limit), train_macs
+             and seconds since the trajectory began
 ticket       trajectory, ticket, path (relative to the sweep), penalty, prune_ratio, learning_rate,
              seed, rule, draw_check, draw_epoch, mask_distance, macs, params,
-             kept {group: [kept, of]}, proof_accuracy (validation), proof_macs (training)
-trajectory   trajectory, penalty, seed, state (drawn, not converged, diverged or failed), reason,
-             epochs, train_macs, seconds, ratios {ratio: drawn, not converged or diverged}
-winners      tickets, in order of falling proof accuracy
+             kept {group: [kept, of]}, proof_accuracy (validation), proof_macs (training), both
+             of the first rung
+trajectory   trajectory, penalty, seed, state (drawn, not converged, hopeless, diverged or failed),
+             reason, epochs, train_macs, seconds, ratios {ratio: drawn, or the state}
+proof        ticket, rung (from 2), proof_accuracy, proof_macs, seconds
+winners      tickets, in order of falling proof accuracy in the last rung
 epoch        run, epoch, loss, validation_accuracy, learning_rate
 retrained    run, path, macs, params, epochs, validation_accuracy, test_accuracy, train_macs,
              seconds, num_workers

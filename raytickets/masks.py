@@ -1,4 +1,4 @@
-"""Masks: cuts of one score vector, one for every prune ratio."""
+"""Masks: cuts of one score vector, one for each prune ratio."""
 
 from collections.abc import Sequence
 
@@ -6,31 +6,46 @@ import torch
 from torch import Tensor
 
 
-def cut(scores: Tensor, ratios: Sequence[float]) -> Tensor:
-    """Masks of all prune ratios from one sort.
+def thresholds(scores: Tensor, ratios: Sequence[float]) -> Tensor:
+    """What a channel has to score more than at each prune ratio, from one sort.
 
-    scores is float [C], ratios are above 0 and below 1; returns bool [len(ratios), C], True for
-    a kept channel. A channel is kept when it scores strictly more than the one at place int(C * p)
-    of the sorted scores (You et al. 2020, section 3.2 and the authors' code), so ties at the cut
-    are dropped together.
+    scores is float [C], ratios are above 0 and below 1; returns float [len(ratios)]: the scores at
+    places int(C * p) of the sorted scores (You et al. 2020, section 3.2 and the authors' code).
     """
     count = len(scores)
     places = [min(int(count * ratio), count - 1) for ratio in ratios]
-    return scores > scores.sort().values[places, None]
+    return scores.sort().values[places]
 
 
-def keep_floor(mask: Tensor, scores: Tensor, widths: Sequence[int], least: int) -> Tensor:
-    """The mask with at least `least` channels kept in each group, its best-scoring ones.
+def cut(scores: Tensor, ratio: float) -> Tensor:
+    """The mask of a prune ratio, bool [C] for scores float [C]: True for a kept channel.
 
-    mask is bool [C] and scores float [C], both over groups of the given widths, which sum to C;
-    a group narrower than `least` keeps all it has. Returns a new bool [C].
+    A channel is kept when it scores strictly more than the threshold, so ties at the cut are
+    dropped together.
     """
-    floored = mask.clone()
-    for kept, score in zip(floored.split(list(widths)), scores.split(list(widths)), strict=True):
-        if kept.sum() < least:
-            best = score.argsort(descending=True, stable=True)[:least]
-            kept[best] = True
-    return floored
+    return scores > thresholds(scores, [ratio])
+
+
+def widen(
+    mask: Tensor, scores: Tensor, widths: Sequence[int], *, least: int = 1, multiple: int = 1
+) -> Tensor:
+    """The mask with the best of the dropped channels added back, group by group.
+
+    mask is bool [C] and scores float [C], both over groups of the given widths, which sum to C.
+    Each group keeps at least `least` channels, or all if it has fewer, and then as many more as
+    make its width a multiple of `multiple`, unless it has not that many. Returns a new bool [C].
+    """
+    widened = mask.clone()
+    for kept, score in zip(widened.split(list(widths)), scores.split(list(widths)), strict=True):
+        count = int(kept.sum())
+        floored = max(count, min(least, len(kept)))
+        rounded = -(-floored // multiple) * multiple
+        wanted = rounded if rounded <= len(kept) else floored
+        if wanted > count:
+            # Kept channels come first whatever they score: the rule may cut another vector.
+            order = score.masked_fill(kept, torch.inf).argsort(descending=True, stable=True)
+            kept[order[:wanted]] = True
+    return widened
 
 
 def to_text(mask: Tensor) -> str:

@@ -55,6 +55,11 @@ def _checked(space: SearchSpace, folder: Path) -> Plan:
         if batch > len(dataset.train):
             allowed = f"must be at most {len(dataset.train)}, the number of training images"
             raise InputError(f"{name}.batch_size", batch, allowed)
+    batches = len(dataset.train) // space.training.batch_size
+    if space.stop_rule.checks_per_epoch > batches:
+        checks = space.stop_rule.checks_per_epoch
+        allowed = f"must be at most {batches}, the batches of an epoch"
+        raise InputError("stop_rule.checks_per_epoch", checks, allowed)
     opening = {
         "event": "sweep",
         "name": folder.name,

@@ -24,8 +24,8 @@ def distance_curve(
 ) -> Figure:
     """Mask distance over the epochs: one line per prune ratio, each draw marked.
 
-    `distances` holds one value per epoch, None while the window fills; `draws` the epoch at
-    which a ratio was drawn, for those that were.
+    `epochs` are those of the checks, as fractions; `distances` holds one value for each, None
+    while the window fills; `draws` the epoch at which a ratio was drawn, for those that were.
     """
     figure = _figure(7, 4)
     axes = figure.add_subplot()
@@ -78,27 +78,36 @@ def kept_channels(kept: Mapping[str, Sequence[int]]) -> Figure:
 
 def accuracy_against_macs(
     tickets: Sequence[Mapping[str, Any]],
-    front: Sequence[int],
+    front: Sequence[Mapping[str, Any]],
     dense: Mapping[str, Any],
     retrained: Mapping[str, Mapping[str, Any]],
 ) -> Figure:
     """What tickets keep of the accuracy for what share of the work.
 
-    One panel for the proofs of all tickets, with their Pareto front (places, cheapest first); a
-    second one, once anything is `retrained`, for the test accuracy of winners and of the dense
-    network (`dense` among its keys). Takes `ticket` and `retrained` events and the dense
-    network's `macs`.
+    One panel for the last proofs of all tickets, hollow where that was before the last rung, with
+    the Pareto front of the last rung (cheapest first); a second one, once anything is `retrained`,
+    for the test accuracy of winners and of the dense network (`dense` among its keys). Takes
+    tickets as `halving.proved` gives them, `retrained` events and the dense network's `macs`.
     """
     figure = _figure(11 if retrained else 6, 4.5)
     panels = figure.subplots(1, 2 if retrained else 1, squeeze=False)[0]
-    panels[0].set_title("Every ticket, after its proof (short fine-tune)", loc="left")
+    panels[0].set_title("Every ticket, after its last proof (short fine-tune)", loc="left")
     panels[0].set_ylabel("validation accuracy")
-    macs, accuracies = [t["macs"] for t in tickets], [t["proof_accuracy"] for t in tickets]
-    panels[0].scatter(macs, accuracies, color=GREY, label="ticket")
-    x, y = [macs[place] for place in front], [accuracies[place] for place in front]
-    panels[0].plot(x, y, color=BLUE, marker="o", label="Pareto front")
-    for place in front:
-        _name(panels[0], macs[place], accuracies[place], _title(tickets[place]), dense["macs"])
+    last = max((ticket["proof_rung"] for ticket in tickets), default=1)
+    for rung in range(1, last + 1):
+        there = [ticket for ticket in tickets if ticket["proof_rung"] == rung]
+        macs, accuracies = [t["macs"] for t in there], [t["proof_accuracy"] for t in there]
+        label = "ticket" if last == 1 else f"ticket that reached rung {rung}"
+        # The earlier a ticket was dropped, the lighter.
+        shade = str(round(0.5 + 0.35 * (last - rung) / last, 2))
+        face = shade if rung == last else "none"
+        panels[0].scatter(macs, accuracies, facecolors=face, edgecolors=shade, label=label)
+    x, y = [t["macs"] for t in front], [t["proof_accuracy"] for t in front]
+    label = "Pareto front" if last == 1 else f"Pareto front of rung {last}"
+    panels[0].plot(x, y, color=BLUE, marker="o", label=label)
+    for ticket in front:
+        at = ticket["macs"], ticket["proof_accuracy"]
+        _name(panels[0], *at, _title(ticket), dense["macs"])
     if retrained:
         titles = {ticket["ticket"]: _title(ticket) for ticket in tickets}
         panels[1].set_title("Winners, after full retraining", loc="left")
@@ -122,7 +131,7 @@ def accuracy_against_macs(
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.margins(y=0.15)
         axes.grid(alpha=0.3)
-    panels[0].legend(frameon=False, loc="lower right", bbox_to_anchor=(0.85, 0))
+    panels[0].legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(0.85, 0))
     return figure
 
 

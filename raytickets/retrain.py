@@ -1,6 +1,7 @@
 """Retraining: winning tickets and the dense reference, data-parallel on Ray Train."""
 
 import contextlib
+import dataclasses
 import tempfile
 import threading
 import time
@@ -18,12 +19,13 @@ from ray.util.queue import Empty, Queue
 from torch import nn
 
 from raytickets import cost
+from raytickets.batches import Batches
 from raytickets.config import InputError, SearchSpace
-from raytickets.data import Batches, DataSet
+from raytickets.data import DataSet
 from raytickets.journal import Event
 from raytickets.models import build_network
 from raytickets.ticket import load_ticket, save_ticket
-from raytickets.train import SGD, accuracy, learning_rate, seeded, train_epoch
+from raytickets.train import SGD, accuracy, learning_rate, numerics, seeded, train
 
 DENSE = "dense"
 """The run of the dense reference."""
@@ -135,7 +137,8 @@ def _retrain_one(
     rank, world = context.get_world_rank(), context.get_world_size()
     network = _starting_network(space, job, dataset)
     macs, params = cost.macs(network, dataset.shape.example()), cost.params(network)
-    parallel = prepare_model(network)
+    how = numerics(space.precision, space.channels_last, network, get_device())
+    parallel = prepare_model(how.place(network))
     batches = Batches(dataset, space.data, get_device())
     optimizer = SGD(parallel, recipe.momentum, recipe.weight_decay)
     batch_count = batches.count(recipe.batch_size)
@@ -147,7 +150,8 @@ def _retrain_one(
     for epoch in range(first, recipe.epochs):
         order = seeded("retrain", space.seeds[0], epoch)
         training = batches.training(recipe.batch_size, order, rank, world)
-        loss = train_epoch(parallel, optimizer, recipe, epoch, training, batch_count)
+        rates = [learning_rate(recipe, epoch + step / batch_count) for step in range(batch_count)]
+        loss = train(parallel, optimizer, training, rates, how)
         if rank == 0:
             config["queue"].put(
                 {
@@ -155,12 +159,14 @@ def _retrain_one(
                     "run": job.run,
                     "epoch": epoch + 1,
                     "loss": loss,
-                    "validation_accuracy": accuracy(network, batches, "validation"),
+                    "validation_accuracy": accuracy(network, batches, "validation", how),
                     "learning_rate": learning_rate(recipe, epoch),
                 }
             )
         _report(place, epoch + 1, network, optimizer)
     if rank == 0:
+        # What a user loads computes in float32.
+        exact = dataclasses.replace(how, dtype=torch.float32)
         event = {
             "event": "retrained",
             "run": job.run,
@@ -168,8 +174,8 @@ def _retrain_one(
             "macs": macs,
             "params": params,
             "epochs": recipe.epochs,
-            "validation_accuracy": accuracy(network, batches, "validation"),
-            "test_accuracy": accuracy(network, batches, "test"),
+            "validation_accuracy": accuracy(network, batches, "validation", exact),
+            "test_accuracy": accuracy(network, batches, "test", exact),
             "train_macs": cost.training_macs(macs, recipe.epochs * batch_count * recipe.batch_size),
             "seconds": time.monotonic() - started,
             "num_workers": world,

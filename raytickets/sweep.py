@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from raytickets.config import InputError, SearchSpace
+from raytickets.halving import proved
 from raytickets.journal import Event, read_journal
 
 
@@ -46,25 +47,29 @@ class Sweep:
         """What was found and what it cost, as plain JSON values.
 
         `name`, `space`, `state` (done, failed or unfinished), `dense` and `winners` (rows),
-        `tickets` (every `ticket` event), `trajectories` (every `trajectory` event), `search_macs`
+        `tickets` (see `halving.proved`), `trajectories` (every `trajectory` event), `search_macs`
         (training of all trajectories and proofs), `sweep_cost` (all training of the sweep, without
-        the reference's own, relative to the reference's). A row has `run`, `path` (of the retrained
-        ticket, relative to the sweep), `penalty`, `prune_ratio`, `seed`, `draw_epoch`, `macs`,
-        `params`, `proof_accuracy`, `validation_accuracy`, `test_accuracy`, `train_macs` (its own
-        retraining) and `relative_cost`: its retraining and an equal share of the whole search,
-        relative to the reference's training. What is not known yet is null.
+        the reference's own, relative to the reference's), and what `sweep_cost` would have been
+        with a trajectory for each prune ratio, which would draw the same tickets at the same
+        checks (`without_sharing`), and with every ticket retrained and none proved
+        (`without_halving`). A row has `run`, `path` (of the retrained ticket, relative to the
+        sweep), `penalty`, `prune_ratio`, `seed`, `draw_epoch`, `macs`, `params`, `proof_accuracy`,
+        `validation_accuracy`, `test_accuracy`, `train_macs` (its own retraining) and
+        `relative_cost`: its retraining and an equal share of the whole search, relative to the
+        reference's training. What is not known yet is null.
         """
         events = self.events()
         opening = self.opening()
-        tickets = {e["ticket"]: e for e in select(events, "ticket")}
+        tickets = {e["ticket"]: e for e in proved(events)}
         trajectories = {e["trajectory"]: e for e in select(events, "trajectory")}
         # The sweep's own retraining, not what `raytickets retrain` did later by another recipe.
         retrained = {e["run"]: e for e in reversed(select(events, "retrained"))}
         winners = [id for e in select(events, "winners")[-1:] for id in e["tickets"]]
         endings = select(events, "end")
 
-        search_macs = sum(e["train_macs"] for e in trajectories.values())
-        search_macs += sum(e["proof_macs"] for e in tickets.values())
+        shared_macs = sum(e["train_macs"] for e in trajectories.values())
+        proof_macs = sum(e["proof_macs"] for e in tickets.values())
+        search_macs = shared_macs + proof_macs
         dense_macs: Any = retrained.get("dense", {}).get("train_macs")
 
         def row(run: str) -> dict[str, Any]:
@@ -87,7 +92,13 @@ class Sweep:
                 "relative_cost": relative,
             }
 
-        own = [e["train_macs"] for run, e in retrained.items() if run in winners]
+        own = sum(e["train_macs"] for run, e in retrained.items() if run in winners)
+        every = sum(e["macs"] for e in tickets.values()) / opening["dense"]["macs"]
+        unshared = _unshared_macs(events, tickets.values(), trajectories.values())
+
+        def relative(macs: float) -> float | None:
+            return macs / dense_macs if dense_macs else None
+
         return {
             "name": opening["name"],
             "space": opening["space"]["name"],
@@ -97,8 +108,23 @@ class Sweep:
             "tickets": list(tickets.values()),
             "trajectories": list(trajectories.values()),
             "search_macs": search_macs,
-            "sweep_cost": (search_macs + sum(own)) / dense_macs if dense_macs else None,
+            "sweep_cost": relative(search_macs + own),
+            "without_sharing": relative(unshared + proof_macs + own),
+            "without_halving": relative(shared_macs + every * (dense_macs or 0)),
         }
+
+
+def _unshared_macs(
+    events: Iterable[Event], tickets: Iterable[Event], trajectories: Iterable[Event]
+) -> int:
+    """Training MACs of one trajectory for each prune ratio, to its draw or the budget's end."""
+    checks = {(e["trajectory"], e["check"]): e["train_macs"] for e in select(events, "check")}
+    drawn = [checks[ticket["trajectory"], ticket["draw_check"]] for ticket in tickets]
+    others = [
+        event["train_macs"] * (len(event["ratios"]) - list(event["ratios"].values()).count("drawn"))
+        for event in trajectories
+    ]
+    return sum(drawn) + sum(others)
 
 
 def select(events: Iterable[Event], kind: str) -> list[Event]:

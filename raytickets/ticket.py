@@ -34,11 +34,13 @@ class Ticket:
     """A verified ticket in a folder; `load_ticket` makes one.
 
     `manifest` holds, besides `schema` and `id`: `network` (name, options, in_channels,
-    num_classes, image_size), `groups` (name and mask of each channel group, one character a
-    channel, 1 for kept), `min_channels` (least, acted_on), `penalty`, `prune_ratio`,
-    `learning_rate`, `seed`, `threads`, `stop_rule` (rule, window, threshold, distances), `draw`
-    (check, epoch), `space` (name, fingerprint), `data` (fingerprint), `macs`, `params`,
-    `versions` and `files` (SHA-256 of each). A retrained ticket also has `retrained`.
+    num_classes, image_size), `groups` (of each channel group its name, the mask and, before
+    `min_channels` and `round_to` added channels back, the cut; one character a channel, 1 for
+    kept), `min_channels` (least, acted_on), `round_to`, `penalty`, `prune_ratio`, `learning_rate`,
+    `seed`, `threads`, `precision` (bfloat16 or float32), `stop_rule` (rule, window, threshold,
+    checks_per_epoch, distances), `draw` (check, and epoch as a fraction), `space` (name,
+    fingerprint), `data` (fingerprint), `macs`, `params`, `versions` and `files` (SHA-256 of each).
+    A retrained ticket also has `retrained`.
     """
 
     path: Path
@@ -88,12 +90,19 @@ class Ticket:
         return shrink(dense, groups, self.mask)
 
 
-def group_masks(groups: Sequence[ChannelGroup], mask: Tensor) -> list[dict[str, str]]:
-    """The manifest's `groups` for a bool [channels over all groups] mask."""
-    parts = mask.split([group.width for group in groups])
+def group_masks(
+    groups: Sequence[ChannelGroup], mask: Tensor, chosen: Tensor
+) -> list[dict[str, str]]:
+    """The manifest's `groups`: the ticket's mask and the one that the cut gave.
+
+    Both are bool [channels over all groups].
+    """
+    widths = [group.width for group in groups]
     return [
-        {"name": group.name, "mask": to_text(part)}
-        for group, part in zip(groups, parts, strict=True)
+        {"name": group.name, "mask": to_text(part), "cut": to_text(before)}
+        for group, part, before in zip(
+            groups, mask.split(widths), chosen.split(widths), strict=True
+        )
     ]
 
 

@@ -27,7 +27,7 @@ os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 
-from raytickets import cost, plots
+from raytickets import halving, plots
 from raytickets.config import InputError, StopRule
 from raytickets.journal import Event
 
@@ -240,11 +240,14 @@ class _Runs:
             case "check":
                 run = self._run(event["trajectory"], "trajectory", event["trajectory"], "sweep")
                 run.wanted = "RUNNING"
-                curves = _pick(event, "loss", "validation_accuracy", "train_macs")
+                curves = _pick(event, "epoch", "loss", "validation_accuracy", "train_macs")
                 distances = {f"mask_distance_{r}": d for r, d in event["distances"].items()}
-                run.measure(curves | distances, event["epoch"])
+                run.measure(curves | distances, event["check"])
             case "ticket":
                 self._add_ticket(event, history)
+            case "proof":
+                proof = _pick(event, "proof_accuracy", "proof_macs")
+                self._known[event["ticket"]].measure(proof, event["rung"])
             case "trajectory":
                 key, state = event["trajectory"], event["state"]
                 run = self._run(key, "trajectory", key, "sweep")
@@ -285,8 +288,8 @@ class _Runs:
         network = self._sweep["space"]["network"]["name"]
         run.params = _pick(event, "penalty", "prune_ratio", "learning_rate", "seed")
         run.params |= {"stop_rule": event["rule"], "network": network}
-        facts = ("proof_accuracy", "proof_macs", "macs", "params", "draw_epoch", "mask_distance")
-        run.measure(_pick(event, *facts))
+        run.measure(_pick(event, "macs", "params", "draw_epoch", "mask_distance"))
+        run.measure(_pick(event, "proof_accuracy", "proof_macs"), step=1)
         if run.status == "FINISHED":
             return  # From an earlier time, artifacts and all.
         files = self._folder / event["path"]
@@ -318,8 +321,7 @@ class _Runs:
     def _summarise(self, history: Sequence[Event]) -> None:
         """The sweep's totals, the table of its tickets and their plot."""
         run, dense = self._known["sweep"], self._sweep["dense"]
-        # A trajectory that was cut off runs again, and draws the same tickets.
-        tickets = list({e["ticket"]: e for e in history if e["event"] == "ticket"}.values())
+        tickets = halving.proved(history)
         retrained = {e["run"]: e for e in history if e["event"] == "retrained"}
         winners = next((e["tickets"] for e in history[::-1] if e["event"] == "winners"), [])
         tests = {key: event["test_accuracy"] for key, event in retrained.items()}
@@ -332,7 +334,7 @@ class _Runs:
         if not tickets:
             return
         rows = [
-            _pick(t, "prune_ratio", "penalty", "seed", "proof_accuracy")
+            _pick(t, "prune_ratio", "penalty", "seed", "proof_accuracy", "proof_rung")
             | {"test_accuracy": tests.get(t["ticket"]), "macs": t["macs"]}
             | {"share_of_dense_macs": t["macs"] / dense["macs"]}
             | _pick(t, "params", "draw_epoch", "mask_distance", "ticket")
@@ -343,10 +345,7 @@ class _Runs:
         # As log_table does, which would append to the rows of an earlier time.
         self._client.log_dict(run.id, table, "tickets.json")
         run.tags["mlflow.loggedArtifacts"] = '[{"path": "tickets.json", "type": "table"}]'
-        front = cost.pareto_front(
-            [ticket["proof_accuracy"] for ticket in tickets], [t["macs"] for t in tickets]
-        )
-        figure = plots.accuracy_against_macs(tickets, front, dense, retrained)
+        figure = plots.accuracy_against_macs(tickets, halving.front(tickets), dense, retrained)
         self._client.log_figure(run.id, figure, "accuracy_against_macs.png")
 
     def _flush(self, run: _Run) -> None:

@@ -6,7 +6,7 @@ folder is given with `--data`. `--smoke` takes 2,000 images and a network of 1/8
 
 import dataclasses
 
-from raytickets.config import Data, Network, Retraining, SearchSpace, Training
+from raytickets.config import Data, Network, Proof, Retraining, SearchSpace, Training
 
 
 def space(smoke: bool = False) -> SearchSpace:
@@ -17,7 +17,7 @@ def space(smoke: bool = False) -> SearchSpace:
         penalties=(1e-5, 1e-4, 1e-3),
         prune_ratios=(0.3, 0.5, 0.7),
         training=Training(epochs=40, batch_size=256, learning_rate=0.1),
-        proof=Training(epochs=2, batch_size=256, learning_rate=0.02, schedule="cosine"),
+        proof=Proof(budget=1, rungs=3, batch_size=256),
         retraining=Retraining(
             epochs=160,
             batch_size=256,
@@ -35,7 +35,7 @@ def space(smoke: bool = False) -> SearchSpace:
         data=dataclasses.replace(full.data, limit=2000),
         penalties=(1e-4, 1e-3),
         training=Training(epochs=20, batch_size=64, learning_rate=0.05),
-        proof=Training(epochs=1, batch_size=64, learning_rate=0.02, schedule="cosine"),
+        proof=Proof(budget=0.5),
         retraining=Retraining(epochs=5, batch_size=64, learning_rate=0.05),
         winners=1,
     )

@@ -12,6 +12,9 @@ from made_up_space import NETS, source, stand_in_for_ray
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Tests leave nothing behind in the user's cache; those of the cache have one of their own.
+os.environ["RAYTICKETS_CACHE"] = "off"
+
 # A busy machine is no failure, and a run that fails is to fail again.
 hypothesis.settings.register_profile("steady", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("steady")

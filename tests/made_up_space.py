@@ -10,7 +10,7 @@ FIELDS = {
     "penalties": "(1e-4,)",
     "prune_ratios": "(0.3, 0.5)",
     "training": "Training(epochs=5, batch_size=8)",
-    "proof": "Training(epochs=1, batch_size=8)",
+    "proof": "Proof(budget=1, batch_size=8)",
     "retraining": "Retraining(epochs=5, batch_size=8)",
 }
 IMPORTS = "from raytickets.config import *\n"

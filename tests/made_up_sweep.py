@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from raytickets.config import Data, Network, Retraining, SearchSpace, Training
+from raytickets.config import Data, Network, Retraining, SearchSpace, StopRule, Training
 from raytickets.journal import Event, Journal
 
 SPACE = SearchSpace(
@@ -14,6 +14,7 @@ SPACE = SearchSpace(
     prune_ratios=(0.3, 0.5),
     training=Training(epochs=20),
     retraining=Retraining(epochs=30),
+    stop_rule=StopRule(checks_per_epoch=2),
     winners=2,
 )
 LOW, HIGH = "penalty0.0001-seed0", "penalty0.001-seed0"
@@ -32,21 +33,25 @@ OPENING: Event = {
 }
 
 
-def check(trajectory: str, epoch: int, distances: dict[str, float | None]) -> Event:
+def check(trajectory: str, epoch: float, distances: dict[str, float | None]) -> Event:
+    whole = epoch == int(epoch)
     return {
         "event": "check",
         "trajectory": trajectory,
-        "check": epoch,
+        "check": int(epoch * SPACE.stop_rule.checks_per_epoch),
         "epoch": epoch,
         "loss": 2 / epoch,
-        "validation_accuracy": 1 - 0.5 / epoch,
+        "validation_accuracy": 1 - 0.5 / epoch if whole else None,
         "distances": distances,
-        "train_macs": epoch * 10 * GIGA,
+        "about_to_draw": any(distance and distance <= 0.4 for distance in distances.values()),
+        "train_macs": int(epoch * 10 * GIGA),
         "seconds": float(epoch),
     }
 
 
-def ticket(trajectory: str, id: str, ratio: float, macs: int, accuracy: float) -> Event:
+def ticket(
+    trajectory: str, id: str, ratio: float, macs: int, accuracy: float, epoch: float = 8.0
+) -> Event:
     return {
         "event": "ticket",
         "trajectory": trajectory,
@@ -57,14 +62,25 @@ def ticket(trajectory: str, id: str, ratio: float, macs: int, accuracy: float) -
         "learning_rate": 0.1,
         "seed": 0,
         "rule": "corrected",
-        "draw_check": 8,
-        "draw_epoch": 8,
+        "draw_check": int(epoch * SPACE.stop_rule.checks_per_epoch),
+        "draw_epoch": epoch,
         "mask_distance": 0.125,
         "macs": macs,
         "params": macs // 10,
         "kept": {"0": [20, 32]},
         "proof_accuracy": accuracy,
         "proof_macs": 20 * GIGA,
+    }
+
+
+def proof(ticket: str, rung: int, accuracy: float) -> Event:
+    return {
+        "event": "proof",
+        "ticket": ticket,
+        "rung": rung,
+        "proof_accuracy": accuracy,
+        "proof_macs": 2 ** (rung - 1) * 20 * GIGA,
+        "seconds": 5.0,
     }
 
 
@@ -76,7 +92,7 @@ def trajectory(id: str, state: str, macs: int, ratios: dict[str, str], reason: s
         "seed": 0,
         "state": state,
         "reason": reason,
-        "epochs": 20,
+        "epochs": macs / (10 * GIGA),
         "train_macs": macs,
         "seconds": 20.0,
         "ratios": ratios,
@@ -112,19 +128,22 @@ def retrained(run: str, macs: int, train_macs: int, accuracy: float) -> Event:
 
 SEARCHED: list[Event] = [
     OPENING,
-    check(LOW, 1, {"0.3": None, "0.5": None}),
-    check(HIGH, 1, {"0.3": None, "0.5": None}),
-    check(LOW, 8, {"0.3": 0.125, "0.5": 0.75}),
+    check(LOW, 1.0, {"0.3": None, "0.5": None}),
+    check(HIGH, 1.0, {"0.3": None, "0.5": None}),
+    check(HIGH, 7.5, {"0.3": 0.1, "0.5": 0.25}),
+    ticket(HIGH, MIDDLE, 0.3, 900_000, 0.95, epoch=7.5),
+    check(LOW, 8.0, {"0.3": 0.125, "0.5": 0.75}),
     ticket(LOW, LARGE, 0.3, 1_000_000, 0.98),
-    check(HIGH, 8, {"0.3": 0.1, "0.5": 0.2}),
-    ticket(HIGH, MIDDLE, 0.3, 900_000, 0.95),
-    ticket(HIGH, SMALL, 0.5, 350_000, 0.96),
+    check(HIGH, 10.0, {"0.3": 0.1, "0.5": 0.2}),
+    ticket(HIGH, SMALL, 0.5, 350_000, 0.96, epoch=10.0),
     trajectory(HIGH, "drawn", 100 * GIGA, {"0.3": "drawn", "0.5": "drawn"}),
-    check(LOW, 20, {"0.3": 0.05, "0.5": 0.5}),
+    check(LOW, 20.0, {"0.3": 0.05, "0.5": 0.5}),
     trajectory(LOW, "not converged", 200 * GIGA, {"0.3": "drawn", "0.5": "not converged"}),
+    proof(SMALL, 2, 0.965),
+    proof(LARGE, 2, 0.985),
     {"event": "winners", "tickets": [LARGE, SMALL]},
 ]
-"""A search over: 300 GMACs of trajectories and 60 of proofs."""
+"""A search over: 300 GMACs of trajectories, 60 of first proofs and 80 of second ones."""
 
 FINISHED: list[Event] = [
     *SEARCHED,

@@ -27,15 +27,31 @@ SPACES = [
     ({"name": "'my space'"}, "name: 'my space' .* letters, digits"),
     ({"min_channels": "0"}, "min_channels: 0 .* at least 1"),
     ({"winners": "0"}, "winners: 0 .* at least 1"),
+    ({"round_to": "0"}, "round_to: 0 .* whole number, at least 1"),
+    ({"precision": "'half'"}, "precision: 'half' .* one of auto, float32, bfloat16"),
+    ({"channels_last": "None"}, "channels_last: None .* must be a bool"),
+    ({"halving": "2"}, "halving: 2 .* must be a Halving"),
+    ({"halving": "Halving(reduction=1)"}, r"halving\.reduction: 1 .* at least 2"),
     ({"stop_rule": "StopRule(window=1)"}, r"stop_rule\.window: 1 .* at least 2"),
     ({"stop_rule": "StopRule(threshold=0)"}, r"stop_rule\.threshold: 0 .* above 0 and below 1"),
     ({"stop_rule": "StopRule('papers')"}, "stop_rule.rule: 'papers' .* corrected, paper"),
+    (
+        {"stop_rule": "StopRule(checks_per_epoch=0)"},
+        r"stop_rule\.checks_per_epoch: 0 .* at least 1",
+    ),
+    (
+        {"stop_rule": "StopRule(checks_per_epoch=4)"},
+        r"stop_rule\.checks_per_epoch: 4 .* at most 3, the batches of an epoch",
+    ),
     ({"stop_rule": "None"}, "stop_rule: None .* must be a StopRule"),
     (
         {"training": "Training(epochs=4)"},
-        r"training\.epochs: 4 .* at least stop_rule\.window, which is 5",
+        r"training\.epochs: 4 .* enough for stop_rule\.window, which is 5",
     ),
-    ({"proof": "Training(epochs=0)"}, r"proof\.epochs: 0 .* at least 1"),
+    ({"training": "Training(epochs=0)"}, r"training\.epochs: 0 .* at least 1"),
+    ({"proof": "Proof(budget=0)"}, r"proof\.budget: 0 .* finite number above 0"),
+    ({"proof": "Proof(rungs=0)"}, r"proof\.rungs: 0 .* at least 1"),
+    ({"proof": "Training(epochs=5)"}, r"proof: Training\(.* must be a Proof"),
     ({"training": "Training(epochs=7.5)"}, r"training\.epochs: 7\.5 .* whole number"),
     (
         {"training": "Training(epochs=9, learning_rate=0)"},
@@ -90,6 +106,8 @@ SPACES = [
     ),
     ({"network": "Network('nets:narrow')"}, "images of 3x8x8, but fails with: .*mat1 and mat2"),
     ({"data": "Data('cifar10')"}, r"data\.source: 'cifar10' .* digits, folder"),
+    ({"data": "Data('digits', loading='stream')"}, "loading: 'stream' .* always in memory"),
+    ({"data": "Data('folder', 'images', loading='lazy')"}, "loading: 'lazy' .* memory, stream"),
     ({"data": "Data('folder')"}, r"data\.path: None .* path of a folder"),
     ({"data": "Data('folder', 'pictures')"}, r"data\.path: 'pictures' .* must be a folder with"),
     ({"data": "Data('folder', 'images', image_size=0)"}, r"data\.image_size: 0 .* at least 1"),
@@ -102,7 +120,7 @@ SPACES = [
         r"data\.validation: 0\.1 .* below 1 together",
     ),
     ({"ratios": "(0.5,)"}, r"space: 'mine\.py' .* TypeError in line 4 .* argument 'ratios'"),
-    ({"proof": "Training(epoch=5)"}, r"space: 'mine\.py' .* TypeError in line \d+ .* 'epoch'"),
+    ({"proof": "Proof(epochs=5)"}, r"space: 'mine\.py' .* TypeError in line \d+ .* 'epochs'"),
 ]
 
 

@@ -35,8 +35,10 @@ def made(tmp_path_factory):
             "num_classes": 10,
             "image_size": 8,
         },
-        "groups": group_masks(groups, mask),
+        "groups": group_masks(groups, mask, mask),
         "min_channels": {"least": 1, "acted_on": []},
+        "round_to": 1,
+        "precision": "float32",
         "penalty": 1e-3,
         "prune_ratio": 0.5,
         "learning_rate": 0.1,
@@ -49,7 +51,7 @@ def made(tmp_path_factory):
     }
     sweep = path / "sweeps" / "first"
     saved = save_ticket(sweep / "tickets", shrink(dense, groups, mask), manifest)
-    write(sweep, [*FINISHED, ticket(HIGH, saved.id, 0.5, 350_000, 0.96)])
+    write(sweep, [*FINISHED, ticket(HIGH, saved.id, 0.5, 350_000, 0.96, epoch=10.0)])
     return path, saved
 
 

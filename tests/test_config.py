@@ -10,8 +10,10 @@ from hypothesis import given
 
 from raytickets.config import (
     Data,
+    Halving,
     InputError,
     Network,
+    Proof,
     Resources,
     Retraining,
     SearchSpace,
@@ -40,8 +42,11 @@ def recipe(**changes: Any) -> Training:
 
 def test_what_is_left_out_has_a_usable_value():
     made = space()
-    assert made.stop_rule == StopRule("corrected", window=5)
-    assert made.proof.epochs == 2
+    assert made.stop_rule == StopRule("corrected", window=5, checks_per_epoch=1)
+    assert made.proof == Proof(budget=1, rungs=2)
+    assert made.halving is None
+    assert (made.round_to, made.precision, made.channels_last) == (1, "auto", True)
+    assert made.data.loading == "auto"
     assert made.seeds == (0,)
     assert made.resources == Resources(cpus_per_trial=1, gpus_per_trial=0)
 
@@ -79,9 +84,14 @@ def test_the_threshold_is_the_rules_own_unless_given(rule, limit):
         (lambda: Data(flip="no"), "data.flip"),  # type: ignore[arg-type]
         (lambda: Data(limit=9), "data.limit"),
         (lambda: Data(split_seed=-1), "data.split_seed"),
+        (lambda: Data(loading="disk"), "data.loading"),  # type: ignore[arg-type]
+        (lambda: Data("digits", loading="stream"), "data.loading"),
+        (lambda: Data("folder", "x", loader_workers=0), "data.loader_workers"),
         (lambda: StopRule("strict"), "stop_rule.rule"),  # type: ignore[arg-type]
         (lambda: StopRule(window=1), "stop_rule.window"),
         (lambda: StopRule(threshold=1.0), "stop_rule.threshold"),
+        (lambda: StopRule(checks_per_epoch=0), "stop_rule.checks_per_epoch"),
+        (lambda: StopRule(checks_per_epoch=0.5), "stop_rule.checks_per_epoch"),  # type: ignore[arg-type]
         (lambda: Resources(cpus_per_trial=0), "resources.cpus_per_trial"),
         (lambda: Resources(gpus_per_trial=-1), "resources.gpus_per_trial"),
         (lambda: Resources(gpus_per_trial=1.5), "resources.gpus_per_trial"),
@@ -92,11 +102,27 @@ def test_the_threshold_is_the_rules_own_unless_given(rule, limit):
         (lambda: space(training=recipe(learning_rate=float("inf"))), "training.learning_rate"),
         (lambda: space(training=recipe(momentum=1)), "training.momentum"),
         (lambda: space(training=recipe(weight_decay=-1e-9)), "training.weight_decay"),
-        (lambda: space(proof=recipe(schedule="step")), "proof.schedule"),
-        (lambda: space(proof=recipe(schedule="multistep")), "proof.milestones"),
-        (lambda: space(proof=recipe(milestones=(3,))), "proof.milestones"),
-        (lambda: space(proof=recipe(schedule="multistep", milestones=3)), "proof.milestones"),
-        (lambda: space(proof=recipe(schedule="multistep", milestones=(0,))), "proof.milestones"),
+        (lambda: space(training=recipe(schedule="step")), "training.schedule"),
+        (lambda: space(training=recipe(schedule="multistep")), "training.milestones"),
+        (lambda: space(training=recipe(milestones=(3,))), "training.milestones"),
+        (lambda: space(training=recipe(schedule="multistep", milestones=3)), "training.milestones"),
+        (
+            lambda: space(training=recipe(schedule="multistep", milestones=(0,))),
+            "training.milestones",
+        ),
+        (lambda: Proof(budget=0), "proof.budget"),
+        (lambda: Proof(budget=float("inf")), "proof.budget"),
+        (lambda: Proof(budget="1"), "proof.budget"),  # type: ignore[arg-type]
+        (lambda: Proof(rungs=0), "proof.rungs"),
+        (lambda: Proof(rungs=1.5), "proof.rungs"),  # type: ignore[arg-type]
+        (lambda: Proof(batch_size=1), "proof.batch_size"),
+        (lambda: Proof(learning_rate=0), "proof.learning_rate"),
+        (lambda: Proof(momentum=1), "proof.momentum"),
+        (lambda: Proof(weight_decay=-1e-9), "proof.weight_decay"),
+        (lambda: space(proof=recipe()), "proof"),
+        (lambda: Halving(grace=0), "halving.grace"),
+        (lambda: Halving(reduction=1), "halving.reduction"),
+        (lambda: space(halving=True), "halving"),
         (lambda: space(retraining=recipe()), "retraining"),
         (
             lambda: space(retraining=Retraining(epochs=5, weights="ticket")),  # type: ignore[arg-type]
@@ -119,12 +145,22 @@ def test_the_threshold_is_the_rules_own_unless_given(rule, limit):
         (lambda: space(seeds=(1, 1)), "seeds"),
         (lambda: space(min_channels=0), "min_channels"),
         (lambda: space(winners=0), "winners"),
+        (lambda: space(round_to=0), "round_to"),
+        (lambda: space(precision="float16"), "precision"),
+        (lambda: space(channels_last=1), "channels_last"),
     ],
 )
 def test_a_value_that_cannot_be_used_is_refused_by_the_name_of_its_field(make, field):
     with pytest.raises(InputError) as refused:
         make()
     assert str(refused.value).startswith(f"{field}: ")
+
+
+def test_the_budget_has_room_for_the_window_in_checks_and_not_in_epochs():
+    twice = StopRule(window=5, checks_per_epoch=2)
+    assert space(training=recipe(epochs=3), stop_rule=twice).training.epochs == 3
+    with pytest.raises(InputError, match=r"^training\.epochs: 2 .* stop_rule\.window, which is 5"):
+        space(training=recipe(epochs=2), stop_rule=twice)
 
 
 def test_an_input_error_names_field_value_and_what_is_allowed_in_one_line():
@@ -155,9 +191,13 @@ CHANGES: dict[str, Any] = {
     "prune_ratios": (0.6,),
     "training": Training(epochs=6),
     "retraining": Retraining(epochs=5, weights="reinit"),
-    "proof": Training(epochs=1),
+    "proof": Proof(rungs=3),
     "stop_rule": StopRule("paper"),
     "min_channels": 2,
+    "round_to": 8,
+    "precision": "float32",
+    "channels_last": False,
+    "halving": Halving(),
     "seeds": (1,),
     "winners": 1,
     "resources": Resources(cpus_per_trial=2),
@@ -181,13 +221,13 @@ def test_the_fingerprint_is_of_the_values_and_not_of_how_they_were_written():
 shares = st.floats(0.01, 0.45)
 penalties = st.lists(st.sampled_from([0, 1e-5, 3e-4, 0.01, 2]), min_size=1, unique=True).map(tuple)
 ratios = st.lists(st.sampled_from([0.1, 0.25, 0.5, 0.95]), min_size=1, unique=True).map(tuple)
-recipes = {
-    "epochs": st.integers(5, 300),
+steps = {
     "batch_size": st.integers(1, 500).map(lambda half: 2 * half),
     "learning_rate": st.floats(1e-6, 10),
     "momentum": st.floats(0, 0.999),
     "weight_decay": st.floats(0, 1),
 }
+recipes = {"epochs": st.integers(5, 300), **steps}
 schedules = st.sampled_from(
     [
         {"schedule": "constant"},
@@ -223,15 +263,25 @@ spaces = st.builds(
         shares,
         flip=st.booleans(),
         limit=st.none() | st.integers(10),
+        loading=st.sampled_from(["auto", "memory"]),
+        loader_workers=st.integers(1, 8),
     ),
     penalties=penalties,
     prune_ratios=ratios,
     training=trainings,
     retraining=retrainings,
-    proof=trainings,
+    proof=st.builds(Proof, budget=st.floats(0.01, 100), rungs=st.integers(1, 6), **steps),
     stop_rule=st.builds(
-        StopRule, st.sampled_from(["paper", "corrected"]), st.integers(2, 5), st.none() | shares
+        StopRule,
+        st.sampled_from(["paper", "corrected"]),
+        st.integers(2, 5),
+        st.none() | shares,
+        st.integers(1, 10),
     ),
+    round_to=st.sampled_from([1, 8]),
+    precision=st.sampled_from(["auto", "float32", "bfloat16"]),
+    channels_last=st.booleans(),
+    halving=st.none() | st.builds(Halving, st.integers(1, 20), st.integers(2, 4)),
     seeds=st.lists(st.integers(0), min_size=1, unique=True).map(tuple),
     resources=st.builds(Resources, st.integers(1, 64), st.sampled_from([0, 0.5, 1, 2])),
 )

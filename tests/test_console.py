@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import re
 
 import pytest
 from made_up_sweep import (
@@ -9,11 +10,13 @@ from made_up_sweep import (
     HIGH,
     LARGE,
     LOW,
+    MIDDLE,
     OPENING,
     SEARCHED,
     SMALL,
     SPACE,
     check,
+    proof,
     retrained,
     ticket,
     trajectory,
@@ -54,9 +57,9 @@ def test_a_report_shows_each_winner_against_the_dense_network(report):
     assert text.startswith("first: done")
     found = rows(text)
     assert found["dense"] == ["99.00%", "2M", "100%", "300k", "100%", "100%"]
-    shown = ["0.0001", "0.3", "8", "98.50%", "1M", "50%", "100k", "33%", "68%"]
+    shown = ["0.0001", "0.3", "8", "98.50%", "1M", "50%", "100k", "33%", "72%"]
     assert found[LARGE] == shown
-    assert found[SMALL][-3:] == ["35k", "12%", "36%"]
+    assert found[SMALL][-3:] == ["35k", "12%", "40%"]
 
 
 def test_a_report_says_what_its_columns_mean_and_what_was_not_drawn(report):
@@ -64,15 +67,43 @@ def test_a_report_says_what_its_columns_mean_and_what_was_not_drawn(report):
     assert "accuracy on the test images" in text
     assert "retraining and an equal share of the search" in text
     assert "Trajectories: 2. Tickets: 3." in text
-    assert "all winners' retraining: 103%" in text
+    assert "Tickets proved again with more MACs: 2 in rung 2." in text
     assert f"{LOW}: prune ratio 0.5 not converged" in text
     assert HIGH not in text
+
+
+def test_a_report_says_what_sharing_and_proofs_saved(report):
+    text = printed(report_table(report(FINISHED)))
+    assert "counted MACs of training, % of the dense network's" in text
+    assert "112%  this sweep: the search, and the retraining of all winners" in text
+    assert "127%  with a trajectory for each prune ratio: sharing them saved 12%" in text
+    assert "142%  with every ticket retrained in place of proofs: proofs saved 22%" in text
+
+
+def test_a_report_admits_that_proofs_cost_more_than_they_saved(report):
+    dear = [
+        event | {"proof_macs": 10**12} if "proof_macs" in event else event for event in FINISHED
+    ]
+    text = printed(report_table(report(dear)))
+    assert "598%  this sweep" in text
+    assert "142%  with every ticket retrained in place of proofs: proofs cost 319% more" in text
+    alone = {"sweep_cost": 1.0, "without_sharing": 1.0, "without_halving": 1.0}
+    assert "sharing them saved 0%" in printed(report_table(report(FINISHED) | alone))
+
+
+def test_a_report_says_why_a_trajectory_was_ended_early(report):
+    behind = trajectory(
+        LOW, "hopeless", 1, {"0.3": "drawn", "0.5": "hopeless"}, "others were better"
+    )
+    text = " ".join(printed(report_table(report([OPENING, behind]))).split())
+    assert f"{LOW}: prune ratio 0.5 hopeless (others were better)" in text
 
 
 def test_a_report_of_an_unfinished_sweep_leaves_open_what_is_not_known(report):
     text = printed(report_table(report(SEARCHED)))
     assert text.startswith("first: unfinished")
     assert rows(text)["dense"] == ["-", "2M", "100%", "300k", "100%", "-"]
+    assert "this sweep" not in text
 
 
 def test_a_reason_is_printed_as_it_stands(report):
@@ -92,62 +123,85 @@ def test_no_figure_is_cut_off(report, width):
             progress(event)
     for text in (screen(console), printed(report_table(report(FINISHED)), width)):
         assert "…" not in text
-    assert "98.0% @8" in screen(console) or width < 100
+        assert max(map(len, re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]", "", text).splitlines())) <= width
+    assert "98.5% @8" in screen(console) or width < 100
 
 
-@pytest.fixture
 def terminal():
     return Console(width=100, height=40, file=io.StringIO(), force_terminal=True, color_system=None)
 
 
-def last_screen(console):
-    """What was drawn last: each update of a live display begins with the word Search."""
+def last_screen(events):
+    """What a terminal shows after these: each update of a live display begins with `Search`."""
+    console = terminal()
+    with Progress(console, SPACE) as progress:
+        for event in events:
+            progress(event)
     return screen(console).rpartition("Search")[2]
 
 
-def test_a_terminal_shows_distances_until_a_ticket_is_drawn(terminal):
-    with Progress(terminal, SPACE) as progress:
-        for event in (
-            check(LOW, 1, {"0.3": None, "0.5": None}),
-            check(HIGH, 1, {"0.3": None, "0.5": None}),
-            check(LOW, 8, {"0.3": 0.125, "0.5": 0.75}),
-            ticket(LOW, LARGE, 0.3, 1_000_000, 0.98),
-        ):
-            progress(event)
-    found = rows(last_screen(terminal))
+def test_a_terminal_shows_distances_until_a_ticket_is_drawn():
+    events = [
+        check(LOW, 1.0, {"0.3": None, "0.5": None}),
+        check(HIGH, 1.0, {"0.3": None, "0.5": None}),
+        check(LOW, 8.0, {"0.3": 0.125, "0.5": 0.75}),
+        ticket(LOW, LARGE, 0.3, 1_000_000, 0.98),
+    ]
+    found = rows(last_screen(events))
     assert found["0.0001"] == ["8/20", "93.8%", "98.0%", "@8", "0.75", "training"]
     assert found["0.001"] == ["1/20", "50.0%", "-", "-", "training"]
 
 
-def test_a_terminal_shows_how_trajectories_ended_and_each_retraining(terminal):
-    with Progress(terminal, SPACE) as progress:
-        for event in FINISHED:
-            progress(event)
-    text = last_screen(terminal)
+def test_within_an_epoch_a_terminal_keeps_the_last_accuracy():
+    events = [check(LOW, 0.5, {"0.3": None, "0.5": None})]
+    assert rows(last_screen(events))["0.0001"][:2] == ["0.5/20", "-"]
+    events += [check(LOW, 1.0, {"0.3": None, "0.5": None})]
+    events += [check(LOW, 4 / 3, {"0.3": 0.5, "0.5": 0.75})]
+    assert rows(last_screen(events))["0.0001"][:3] == ["1.33/20", "50.0%", "0.50"]
+
+
+def test_a_further_proof_takes_the_place_of_the_one_before():
+    events = SEARCHED[:-3]
+    assert "proved again" not in last_screen(events)
+    proofs = [proof(LARGE, 2, 0.985), proof(SMALL, 2, 0.965), proof(LARGE, 3, 0.9875)]
+    text = last_screen([*events, *proofs])
     found = rows(text)
+    assert found["0.0001"][2:4] == ["98.8%", "@8"]
+    assert found["0.001"][2:] == ["95.0%", "@7.5", "96.5%", "@10", "drawn"]
+    assert "Tickets proved again with more MACs: 2 in rung 2, 1 in rung 3." in text
+
+
+def test_a_trajectory_that_failed_and_runs_again_is_shown_as_training():
+    failed = trajectory(LOW, "failed", 0, {"0.3": "failed"}, "worker died")
+    assert rows(last_screen([failed]))["0.0001"][-1] == "failed"
+    again = check(LOW, 1.0, {"0.3": None, "0.5": None})
+    assert rows(last_screen([failed, again]))["0.0001"][-1] == "training"
+
+
+def test_a_terminal_shows_how_trajectories_ended_and_each_retraining():
+    found = rows(last_screen(FINISHED))
     assert found["0.0001"][-2:] == ["not", "converged"]
-    assert found["0.001"] == ["8/20", "93.8%", "95.0%", "@8", "96.0%", "@8", "drawn"]
+    assert found["0.001"] == ["10/20", "95.0%", "95.0%", "@7.5", "96.5%", "@10", "drawn"]
     assert found["dense"] == ["30/30", "0.250", "98.0%", "99.0%"]
     assert found[SMALL] == ["30/30", "0.250", "95.2%", "96.2%"]
 
 
-def test_where_not_all_trajectories_fit_those_that_run_are_shown(terminal):
-    with Progress(terminal, SPACE) as progress:
-        for seed in range(30):
-            ended = trajectory(f"penalty0.0001-seed{seed}", "drawn", 1, {"0.3": "drawn"})
-            progress(ended)
-        progress(check("penalty0.5-seed0", 1, {"0.3": None, "0.5": None}))
-    text = last_screen(terminal)
+def test_where_not_all_trajectories_fit_those_that_run_are_shown():
+    ended = [
+        trajectory(f"penalty0.0001-seed{seed}", "drawn", 1, {"0.3": "drawn"}) for seed in range(30)
+    ]
+    text = last_screen([*ended, check("penalty0.5-seed0", 1.0, {"0.3": None, "0.5": None})])
     assert "0.0001" not in text
     assert "0.5" in rows(text)
     assert "30 trajectories have ended." in text
 
 
-def test_a_retraining_that_went_on_after_its_last_epoch_is_shown(terminal):
+def test_a_retraining_that_went_on_after_its_last_epoch_is_shown():
     """As when a worker dies between its last epoch and telling of the end."""
-    with Progress(terminal, SPACE) as progress:
+    console = terminal()
+    with Progress(console, SPACE) as progress:
         progress(retrained("dense", 2_000_000, 1, 0.99))
-    assert rows(screen(terminal))["dense"] == ["30/30", "98.0%", "99.0%"]
+    assert rows(screen(console))["dense"] == ["30/30", "98.0%", "99.0%"]
 
 
 def test_without_a_terminal_each_event_is_one_line():
@@ -158,14 +212,17 @@ def test_without_a_terminal_each_event_is_one_line():
     assert screen(console).splitlines() == [
         f"{LOW}  epoch 1/20  validation 50.0%  mask distance 0.3: -  0.5: -",
         f"{HIGH}  epoch 1/20  validation 50.0%  mask distance 0.3: -  0.5: -",
+        f"{HIGH}  epoch 7.5/20  mask distance 0.3: 0.10  0.5: 0.25",
+        f"{HIGH}  drew ticket {MIDDLE} at prune ratio 0.3: proof 95.0%",
         f"{LOW}  epoch 8/20  validation 93.8%  mask distance 0.3: 0.12  0.5: 0.75",
         f"{LOW}  drew ticket {LARGE} at prune ratio 0.3: proof 98.0%",
-        f"{HIGH}  epoch 8/20  validation 93.8%  mask distance 0.3: 0.10  0.5: 0.20",
-        f"{HIGH}  drew ticket 2222222222222222 at prune ratio 0.3: proof 95.0%",
+        f"{HIGH}  epoch 10/20  validation 95.0%  mask distance 0.3: 0.10  0.5: 0.20",
         f"{HIGH}  drew ticket {SMALL} at prune ratio 0.5: proof 96.0%",
         f"{HIGH}  drawn",
         f"{LOW}  epoch 20/20  validation 97.5%  mask distance 0.3: 0.05  0.5: 0.50",
         f"{LOW}  not converged",
+        f"ticket {SMALL}  proof in rung 2: 96.5%",
+        f"ticket {LARGE}  proof in rung 2: 98.5%",
         "retraining dense  epoch 30/30  validation 97.0%",
         "retraining dense  test 99.0%",
         f"retraining {LARGE}  epoch 30/30  validation 97.0%",
@@ -187,13 +244,19 @@ MANIFEST = {
         "rule": "corrected",
         "window": 5,
         "threshold": 0.2,
+        "checks_per_epoch": 3,
         "distances": [0.19, 0.125],
     },
-    "draw": {"check": 8, "epoch": 8},
+    "draw": {"check": 25, "epoch": 25 / 3},
     "min_channels": {"least": 1, "acted_on": ["0", "3"]},
+    "round_to": 8,
+    "precision": "bfloat16",
     "macs": 1_000_000,
     "params": 100_000,
-    "groups": [{"name": "0", "mask": "1100"}, {"name": "3", "mask": "1111"}],
+    "groups": [
+        {"name": "0", "mask": "1100", "cut": "1000"},
+        {"name": "3", "mask": "1111", "cut": "1111"},
+    ],
 }
 
 
@@ -204,6 +267,9 @@ def test_a_ticket_is_shown_with_how_it_was_found_and_what_it_keeps(tmp_path):
     assert "cifar_vgg depth=9 activation=[relu]" in text
     assert found["penalty"] == ["0.0001"]
     assert found["seed"] == ["7"]
+    assert found["drawn"] == ["epoch", "8.33,", "check", "25"]
+    assert found["precision"] == ["bfloat16"]
+    assert found["rounded"] == ["to", "multiples", "of", "8"]
     assert found["distances"] == ["0.190,", "0.125"]
     assert found["floor"] == ["acted", "on", "0,", "3"]
     assert found["0"] == ["2", "4", "█" * 12]

@@ -1,11 +1,9 @@
-"""MACs, training cost and the Pareto front."""
+"""MACs and training cost."""
 
-import hypothesis.strategies as st
 import torch
-from hypothesis import given
 from torch import nn
 
-from raytickets.cost import macs, params, pareto_front, training_macs
+from raytickets.cost import macs, params, training_macs
 
 
 def test_macs_of_a_convolution_and_a_linear_layer():
@@ -28,22 +26,3 @@ def test_counting_leaves_the_mode_and_statistics_alone():
 
 def test_training_costs_three_forward_passes():
     assert training_macs(100, 7) == 2100
-
-
-points = st.lists(st.tuples(st.floats(0, 1), st.integers(1, 20)), max_size=12)
-
-
-@given(points)
-def test_the_front_holds_what_nothing_beats(found):
-    accuracies, costs = [p[0] for p in found], [p[1] for p in found]
-    front = pareto_front(accuracies, costs)
-    for place in range(len(found)):
-        beaten = any(
-            accuracies[o] >= accuracies[place]
-            and costs[o] <= costs[place]
-            and (accuracies[o], costs[o]) != (accuracies[place], costs[place])
-            for o in range(len(found))
-        )
-        twin = any(found[o] == found[place] for o in front)
-        assert twin == (not beaten)
-    assert [costs[p] for p in front] == sorted({costs[p] for p in front})

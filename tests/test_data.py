@@ -1,12 +1,19 @@
-"""Images are read once, split without overlap, and batched as torchvision would."""
+"""Images are split without overlap, and held in memory or left in their files."""
+
+import pickle
 
 import numpy as np
 import pytest
-import torch
 
+from raytickets import data as data_module
 from raytickets.config import Data, InputError
-from raytickets.data import Batches, DataSet, Images, Shape, crop, load_data
-from raytickets.train import seeded
+from raytickets.data import Images, Shape, describe, load_data
+from raytickets.folder import Files
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="module")
@@ -14,12 +21,16 @@ def digits():
     return load_data(Data("digits", validation=0.1, test=0.25))
 
 
+def parts(found):
+    return [found.train, found.validation, found.test]
+
+
 def rows(split):
-    return {image.tobytes() for image in split.images}
+    return {image.tobytes() for image in split.pixels(np.arange(len(split)))}
 
 
 def test_digits_are_split_into_disjoint_stratified_parts(digits):
-    splits = [digits.train, digits.validation, digits.test]
+    splits = parts(digits)
     assert [len(split) for split in splits] == [1168, 179, 450]
     assert not rows(splits[0]) & rows(splits[1]) | rows(splits[0]) & rows(splits[2])
     assert not rows(splits[1]) & rows(splits[2])
@@ -31,8 +42,7 @@ def test_digits_are_split_into_disjoint_stratified_parts(digits):
 def test_digits_are_those_of_scikit_learn(digits):
     from sklearn.datasets import load_digits
 
-    splits = [digits.train, digits.validation, digits.test]
-    ours = sorted((i * (16 / 255)).round().tobytes() for s in splits for i in s.images)
+    ours = sorted((i * (16 / 255)).round().tobytes() for s in parts(digits) for i in s.images)
     assert ours == sorted(image.tobytes() for image in load_digits().images)
 
 
@@ -42,19 +52,25 @@ def test_the_fingerprint_is_of_the_split_data(digits):
     assert digits.fingerprint == same.fingerprint != other.fingerprint
 
 
-def test_a_folder_with_train_and_test_has_validation_carved_from_train(image_folder):
+@pytest.mark.parametrize("loading", ["memory", "stream"])
+def test_a_folder_with_train_and_test_has_validation_carved_from_train(image_folder, loading):
     path = image_folder({"train/a": 10, "train/b": 20, "test/a": 3, "test/b": 4})
-    found = load_data(Data("folder", str(path), validation=0.2))
-    assert [len(found.train), len(found.validation), len(found.test)] == [24, 6, 7]
-    assert found.shape.classes == ("a", "b")
-    assert found.train.images.shape[1:] == (3, 8, 8)
+    found = load_data(Data("folder", str(path), validation=0.2, loading=loading))
+    assert [len(split) for split in parts(found)] == [24, 6, 7]
+    assert [np.bincount(split.labels).tolist() for split in parts(found)] == [
+        [8, 16],
+        [2, 4],
+        [3, 4],
+    ]
+    assert found.shape == Shape(channels=3, size=8, classes=("a", "b"))
+    assert found.train.pixels(np.arange(5)).shape == (5, 8, 8, 3)
     assert not rows(found.train) & rows(found.validation)
 
 
 def test_a_plain_folder_is_split_three_ways(image_folder):
     path = image_folder({"a": 20, "b": 20})
     found = load_data(Data("folder", str(path), validation=0.1, test=0.2))
-    assert [len(found.train), len(found.validation), len(found.test)] == [28, 4, 8]
+    assert [len(split) for split in parts(found)] == [28, 4, 8]
 
 
 def test_images_are_resized_when_asked(image_folder):
@@ -67,62 +83,119 @@ def test_images_are_resized_when_asked(image_folder):
 def test_a_limit_takes_fewer_images_of_every_split(image_folder):
     path = image_folder({"train/a": 30, "train/b": 30, "test/a": 20, "test/b": 20})
     found = load_data(Data("folder", str(path), limit=10))
-    assert [len(found.train), len(found.validation), len(found.test)] == [10, 5, 5]
+    assert [len(split) for split in parts(found)] == [10, 5, 5]
 
 
-def test_a_broken_image_is_named(image_folder):
+def test_a_split_without_images_is_refused_before_any_is_decoded(image_folder):
     path = image_folder({"a": 4, "b": 4})
     (path / "b" / "1.png").write_bytes(b"no image")
-    with pytest.raises(InputError, match=r"b/1\.png.*not a readable image"):
-        load_data(Data("folder", str(path)))
+    with pytest.raises(InputError, match=r"data\.validation: 0\.01 .* without images"):
+        load_data(Data("folder", str(path), validation=0.01))
 
 
-def one_image_set(images):
-    labels = np.arange(len(images))
-    split = Images(images, labels.astype(np.int64))
-    return DataSet(split, split, split, Shape(*images.shape[1:3], tuple(map(str, labels))), "")
+@pytest.mark.parametrize("limit", [None, 12])
+def test_a_stream_has_the_splits_and_statistics_of_memory(image_folder, limit):
+    path = image_folder({"train/a": 20, "train/b": 30, "test/a": 8, "test/b": 8}, size=(10, 10))
+    memory, stream = (
+        load_data(Data("folder", str(path), image_size=7, limit=limit, loading=loading))
+        for loading in ("memory", "stream")
+    )
+    for held, files in zip(parts(memory), parts(stream), strict=True):
+        assert isinstance(held, Images)
+        assert isinstance(files, Files)
+        assert np.array_equal(held.labels, files.labels)
+        assert np.array_equal(held.images, files.pixels(np.arange(len(files))))
+    assert (memory.mean, memory.deviation) == (stream.mean, stream.deviation)
+    assert memory.shape == stream.shape
 
 
-def test_an_epoch_has_every_image_once_and_workers_share_each_batch():
-    images = np.arange(40, dtype=np.uint8).reshape(40, 1, 1, 1)
-    batches = Batches(one_image_set(images), Data("digits"))
-    whole = [labels for _, labels in batches.training(8, seeded(0))]
-    assert sorted(torch.cat(whole).tolist()) == list(range(40))
-    halves = [[labels for _, labels in batches.training(8, seeded(0), r, 2)] for r in (0, 1)]
-    for batch, *parts in zip(whole, *halves, strict=True):
-        assert [len(part) for part in parts] == [4, 4]
-        assert sorted(torch.cat(parts).tolist()) == sorted(batch.tolist())
+def test_a_streams_fingerprint_is_of_names_sizes_and_labels_wherever_the_folder_is(
+    image_folder, tmp_path
+):
+    path = image_folder({"a": 20, "b": 20})
+    before = load_data(Data("folder", str(path), loading="stream")).fingerprint
+    moved = path.rename(tmp_path / "moved")
+    assert load_data(Data("folder", str(moved), loading="stream")).fingerprint == before
+    with (moved / "a" / "3.png").open("ab") as file:
+        file.write(b" ")
+    assert load_data(Data("folder", str(moved), loading="stream")).fingerprint != before
 
 
-def test_an_incomplete_last_batch_is_left_out():
-    batches = Batches(one_image_set(np.zeros((21, 1, 1, 1), np.uint8)), Data("digits"))
-    assert batches.count(8) == len(list(batches.training(8, seeded(0)))) == 2
+@pytest.fixture
+def many_pixels(image_folder, monkeypatch):
+    """A folder of 1,200 images of one pixel, and a machine with so many times their memory."""
+    path = image_folder({"a": 600, "b": 600}, size=(1, 1))
+
+    def make(times, loading):
+        memory = int(1200 * 3 * times)
+        monkeypatch.setattr(data_module, "physical_memory", lambda: memory)
+        return Data("folder", str(path), loading=loading)
+
+    return make
 
 
-def test_images_are_normalised_by_the_training_split(digits):
-    batches = Batches(digits, Data("digits"))
-    images = torch.cat([images for images, _ in batches.evaluation("train")])
-    assert images.mean().item() == pytest.approx(0, abs=1e-4)
-    assert images.std().item() == pytest.approx(1, abs=1e-3)
+def test_auto_streams_over_a_quarter_of_the_memory(many_pixels):
+    assert isinstance(load_data(many_pixels(4, "auto")).train, Images)
+    assert isinstance(load_data(many_pixels(3.99, "auto")).train, Files)
+    assert isinstance(load_data(many_pixels(3.99, "memory")).train, Images)
 
 
-def test_a_crop_is_a_window_of_the_padded_image():
-    images = torch.arange(2 * 3 * 4 * 4).reshape(2, 3, 4, 4) + 1
-    out = crop(images, 2, torch.tensor([2, 0]), torch.tensor([2, 3]))
-    assert torch.equal(out[0], images[0])
-    expected = torch.nn.functional.pad(images[1], (2, 2, 2, 2))[:, 0:4, 3:7]
-    assert torch.equal(out[1], expected)
+def test_images_in_memory_are_refused_over_half_of_it(many_pixels, monkeypatch):
+    monkeypatch.setattr(data_module, "EVALUATION_BATCH", 1)
+    describe(many_pixels(2, "memory"))
+    with pytest.raises(InputError, match=r"data\.loading: 'memory' .*data\.image_size"):
+        describe(many_pixels(1.99, "memory"))
 
 
-def test_augmentation_shifts_every_way_and_flips_half():
-    image = np.zeros((1, 1, 3, 3), np.uint8)
-    image[0, 0, 1, 0] = 255
-    data = Data("digits", crop_padding=1, flip=True)
-    batches = Batches(one_image_set(np.repeat(image, 4000, 0)), data)
-    ((images, _),) = batches.training(4000, seeded(0))
-    # The dot at column 0 lands in columns 0 and 1 or is pushed out; flipped, in 2 and 1.
-    where = (images.squeeze(1) > images.min() + 1e-3).float().mean(0)
-    assert where.sum().item() == pytest.approx(2 / 3, abs=0.03)
-    columns = where.sum(0).tolist()
-    assert columns == pytest.approx([1 / 6, 1 / 3, 1 / 6], abs=0.03)
-    assert where.sum(1).tolist() == pytest.approx([2 / 9] * 3, abs=0.03)
+def test_images_of_which_no_batch_fits_in_memory_are_refused(many_pixels):
+    with pytest.raises(InputError, match=r"data\.image_size: 1 .* 512 images .* memory"):
+        describe(many_pixels(1, "stream"))
+
+
+def test_mean_and_deviation_are_those_of_the_training_pixels(image_folder):
+    path = image_folder({"a": 60, "b": 80})
+    found = load_data(Data("folder", str(path)))
+    pixels = found.train.pixels(np.arange(len(found.train))).astype(np.float64)
+    assert found.mean == pytest.approx(pixels.mean((0, 1, 2)))
+    assert found.deviation == pytest.approx(pixels.std((0, 1, 2)))
+
+
+def test_mean_and_deviation_of_many_images_are_of_a_sample_drawn_by_the_split_seed(monkeypatch):
+    whole = load_data(Data("digits"))
+    monkeypatch.setattr(data_module, "_STATISTICS_SAMPLE", 100)
+    sample, again, other = (load_data(Data("digits", split_seed=seed)) for seed in (0, 0, 1))
+    assert sample.mean == again.mean
+    assert len({whole.mean, sample.mean, other.mean}) == 3
+    assert sample.mean == pytest.approx(whole.mean, rel=0.1)
+
+
+def test_images_of_one_colour_can_be_normalised(image_folder):
+    from PIL import Image
+
+    path = image_folder({"a": 10, "b": 10})
+    for file in path.rglob("*.png"):
+        Image.new("RGB", (8, 8), (7, 7, 7)).save(file)
+    found = load_data(Data("folder", str(path)))
+    assert found.mean == (7, 7, 7)
+    assert found.deviation == pytest.approx([1e-3] * 3)
+
+
+@pytest.mark.parametrize("loading", ["memory", "stream"])
+def test_another_process_gets_the_data_without_copying_them(image_folder, loading):
+    path = image_folder({"a": 20, "b": 20})
+    found = load_data(Data("folder", str(path), loading=loading))
+    buffers = []
+    message = pickle.dumps(found, protocol=5, buffer_callback=buffers.append)
+    there = pickle.loads(message, buffers=[buffer.raw() for buffer in buffers])
+    array = {"memory": "images", "stream": "paths"}[loading]
+    assert np.shares_memory(getattr(there.train, array), getattr(found.train, array))
+    assert len(message) < 2000
+
+
+def test_describing_reads_one_image(image_folder):
+    path = image_folder({"a": 4, "b": 4})
+    (path / "b" / "1.png").write_bytes(b"no image")
+    assert describe(Data("folder", str(path))) == Shape(3, 8, ("a", "b"))
+    (path / "a" / "0.png").write_bytes(b"no image")
+    with pytest.raises(InputError, match=r"a/0\.png.*not a readable image"):
+        describe(Data("folder", str(path)))

@@ -9,7 +9,17 @@ import torch
 from mlflow import MlflowClient
 
 from raytickets import load_ticket, search
-from raytickets.config import Data, InputError, Network, Resources, Retraining, SearchSpace
+from raytickets.config import (
+    Data,
+    Halving,
+    InputError,
+    Network,
+    Proof,
+    Resources,
+    Retraining,
+    SearchSpace,
+    StopRule,
+)
 from raytickets.config import Training as Recipe
 from raytickets.driver import SweepFailed, retrain_ticket
 from raytickets.sweep import Sweep, select
@@ -21,7 +31,7 @@ SPACE = SearchSpace(
     penalties=(1e-3, 1e-2),
     prune_ratios=(0.3, 0.6),
     training=Recipe(epochs=20, learning_rate=0.05, batch_size=32),
-    proof=Recipe(epochs=1, learning_rate=0.02, batch_size=32),
+    proof=Proof(budget=0.5, batch_size=32),
     retraining=Retraining(epochs=2, batch_size=32),
     winners=1,
 )
@@ -65,6 +75,17 @@ def test_every_trajectory_ends_and_every_ticket_is_whole(sweep):
 
 def test_the_observer_hears_what_the_journal_holds(sweep, heard):
     assert heard == sweep.events()
+
+
+def test_the_better_half_of_the_tickets_is_proved_again_and_wins(sweep):
+    events = sweep.events()
+    proofs = select(events, "proof")
+    assert [proof["rung"] for proof in proofs] == [2, 2]
+    assert {proof["ticket"] for proof in proofs} < set(ids(sweep))
+    (winners,) = select(events, "winners")
+    best = max(proofs, key=lambda proof: proof["proof_accuracy"])
+    winner = next(proof for proof in proofs if proof["ticket"] in winners["tickets"])
+    assert winner["proof_accuracy"] == best["proof_accuracy"]
 
 
 def test_winner_and_dense_reference_are_retrained_alike(sweep):
@@ -146,6 +167,27 @@ def test_a_sweep_cut_off_goes_on_where_it_was(sweep, place, store):
     )
     assert ids(again) == ids(sweep)
     assert again.report()["winners"] == sweep.report()["winners"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_instance")
+def test_halving_ends_a_trajectory_that_falls_behind(place, store):
+    """One after the other: the second has a penalty under which nothing is learned."""
+    space = dataclasses.replace(
+        SPACE,
+        name="halved",
+        penalties=(1e-3, 10.0),
+        training=dataclasses.replace(SPACE.training, epochs=6),
+        resources=Resources(cpus_per_trial=2),
+        stop_rule=StopRule(threshold=1e-9),
+        halving=Halving(grace=2),
+    )
+    sweep = search(space, name="halved", storage=place, tracking_uri=store)
+    first, second = select(sweep.events(), "trajectory")
+    assert (first["state"], second["state"]) == ("not converged", "hopeless")
+    assert (first["epochs"], second["epochs"]) == (6, 2)
+    assert second["ratios"] == {"0.3": "hopeless", "0.6": "hopeless"}
+    assert second["train_macs"] == first["train_macs"] / 3
 
 
 @pytest.mark.slow

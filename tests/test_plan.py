@@ -6,7 +6,7 @@ import json
 import pytest
 from made_up_sweep import SPACE
 
-from raytickets.config import Data, InputError, Network, StopRule, Training
+from raytickets.config import Data, Halving, InputError, Network, Proof, StopRule, Training
 from raytickets.journal import Journal
 from raytickets.plan import make_plan
 
@@ -15,12 +15,12 @@ from raytickets.plan import make_plan
 def space(image_folder):
     """A tiny network on noise, which is read in no time."""
     path = image_folder({"train/cat": 20, "train/dog": 20, "test/cat": 5, "test/dog": 6})
-    small = dataclasses.replace(SPACE.training, batch_size=16)
+    small = dataclasses.replace(SPACE.training, batch_size=10)
     return dataclasses.replace(
         SPACE,
         data=Data("folder", str(path), validation=0.25),
         training=small,
-        proof=Training(epochs=1, batch_size=16),
+        proof=Proof(batch_size=16),
         retraining=dataclasses.replace(SPACE.retraining, batch_size=16),
     )
 
@@ -83,12 +83,15 @@ def test_a_sweep_that_goes_on_keeps_the_opening_of_its_first_run(space, tmp_path
     ("changes", "named"),
     [
         ({"penalties": (0.5,)}, "another penalties;"),
-        ({"training": Training(epochs=9, batch_size=16)}, r"another training\.epochs;"),
+        ({"training": Training(epochs=9, batch_size=10)}, r"another training\.epochs;"),
         ({"network": Network("cifar_resnet")}, r"another network\.name, network\.options;"),
         (
             {"stop_rule": StopRule("paper"), "winners": 1},
-            r"another stop_rule\.rule, winners;",
+            r"another stop_rule\.rule, stop_rule\.checks_per_epoch, winners;",
         ),
+        ({"proof": Proof(rungs=3, batch_size=16)}, r"another proof\.rungs;"),
+        ({"round_to": 8, "precision": "float32"}, "another round_to, precision;"),
+        ({"halving": Halving()}, "another halving"),
     ],
 )
 def test_another_space_under_the_same_name_is_refused(space, tmp_path, changes, named):
@@ -110,6 +113,15 @@ def test_a_batch_larger_than_the_training_images_is_refused(space, tmp_path, rec
     larger = dataclasses.replace(getattr(space, recipe), batch_size=32)
     with pytest.raises(InputError, match=rf"^{recipe}\.batch_size: 32 .* at most 30"):
         make_plan(dataclasses.replace(space, **{recipe: larger}), storage=tmp_path)
+
+
+def test_more_checks_than_an_epoch_has_batches_are_refused(space, tmp_path):
+    # 30 training images, of which a batch takes 10.
+    often = dataclasses.replace(space, stop_rule=StopRule(checks_per_epoch=3))
+    assert make_plan(often, storage=tmp_path).space == often
+    often = dataclasses.replace(space, stop_rule=StopRule(checks_per_epoch=4))
+    with pytest.raises(InputError, match=r"^stop_rule\.checks_per_epoch: 4 .* at most 3, the b"):
+        make_plan(often, storage=tmp_path)
 
 
 def test_a_refused_sweep_leaves_no_folder_behind(space, tmp_path):

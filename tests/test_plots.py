@@ -3,6 +3,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -39,6 +40,18 @@ def test_distance_curve_marks_threshold_and_draws():
     assert saved(figure).startswith(b"\x89PNG")
 
 
+def test_distance_curve_has_a_point_for_every_check_within_an_epoch():
+    epochs = [0.25, 0.5, 0.75, 1.0]
+    stop_rule = StopRule(window=2, checks_per_epoch=4)
+    figure = distance_curve(epochs, {"0.3": [None, 0.5, 0.2, 0.1]}, {"0.3": 0.75}, stop_rule)
+    axes = figure.axes[0]
+    lines = {str(line.get_label()): line for line in axes.lines}
+    assert points(lines["prune ratio 0.3"]) == [(0.5, 0.5), (0.75, 0.2), (1, 0.1)]
+    assert [(0.75, 0.2)] in [points(line) for line in axes.lines if line.get_marker() == "*"]
+    assert axes.get_xlim()[1] == pytest.approx(1, abs=0.05)
+    assert saved(figure)
+
+
 def test_distance_curve_of_the_paper_rule_and_before_the_window_fills():
     figure = distance_curve([1, 2], {"0.5": [None, None]}, {}, StopRule("paper"))
     assert figure.axes[0].get_ylabel() == "mask distance (share of channels)"
@@ -56,9 +69,9 @@ def test_kept_channels_shows_every_group(groups: int):
     assert saved(figure)
 
 
-def ticket(key: str, ratio: float, macs: int, accuracy: float) -> dict[str, Any]:
+def ticket(key: str, ratio: float, macs: int, accuracy: float, rung: int = 1) -> dict[str, Any]:
     found = {"ticket": key, "penalty": 1e-3, "prune_ratio": ratio, "macs": macs}
-    return found | {"proof_accuracy": accuracy}
+    return found | {"proof_accuracy": accuracy, "proof_rung": rung}
 
 
 TICKETS = [
@@ -66,13 +79,27 @@ TICKETS = [
     ticket("b", 0.5, 250_000, 0.88),
     ticket("c", 0.5, 260_000, 0.80),
 ]
+FRONT = [TICKETS[1], TICKETS[0]]
+
+
+def markers(axes: Axes) -> dict[str, tuple[list[tuple[float, float]], bool]]:
+    """The scattered points by their label, and whether they are filled."""
+    return {
+        str(dots.get_label()): (
+            [(float(x), float(y)) for x, y in np.asarray(dots.get_offsets())],
+            len(np.asarray(dots.get_facecolor())) > 0,
+        )
+        for dots in axes.collections
+    }
 
 
 def test_accuracy_against_macs_before_retraining():
-    figure = accuracy_against_macs(TICKETS, [1, 0], {"macs": 1_000_000}, {})
+    figure = accuracy_against_macs(TICKETS, FRONT, {"macs": 1_000_000}, {})
     (axes,) = figure.axes
     assert axes.get_ylabel() == "validation accuracy"
     assert "multiply-accumulates" in axes.get_xlabel()
+    drawn = [(490_000, 0.90), (250_000, 0.88), (260_000, 0.80)]
+    assert markers(axes) == {"ticket": (drawn, True)}
     front, dense = axes.lines
     assert front.get_label() == "Pareto front"
     assert [x for x, _ in points(front)] == [250_000, 490_000]
@@ -82,12 +109,35 @@ def test_accuracy_against_macs_before_retraining():
     assert saved(figure)
 
 
+def test_accuracy_against_macs_tells_the_rungs_that_tickets_reached_apart():
+    tickets = [
+        ticket("a", 0.3, 490_000, 0.93, rung=3),
+        ticket("b", 0.5, 250_000, 0.88, rung=2),
+        ticket("c", 0.7, 100_000, 0.70),
+        ticket("d", 0.7, 110_000, 0.69),
+    ]
+    figure = accuracy_against_macs(tickets, [tickets[0]], {"macs": 1_000_000}, {})
+    (axes,) = figure.axes
+    assert markers(axes) == {
+        "ticket that reached rung 1": ([(100_000, 0.70), (110_000, 0.69)], False),
+        "ticket that reached rung 2": ([(250_000, 0.88)], False),
+        "ticket that reached rung 3": ([(490_000, 0.93)], True),
+    }
+    shades = [float(np.asarray(dots.get_edgecolor())[0, 0]) for dots in axes.collections]
+    assert shades == sorted(set(shades), reverse=True)
+    legend = axes.get_legend()
+    assert legend is not None
+    shown = [text.get_text() for text in legend.get_texts()]
+    assert shown == [*markers(axes), "Pareto front of rung 3"]
+    assert saved(figure)
+
+
 def test_accuracy_against_macs_after_retraining():
     retrained = {
         "a": {"macs": 490_000, "test_accuracy": 0.95},
         "dense": {"macs": 1_000_000, "test_accuracy": 0.96},
     }
-    figure = accuracy_against_macs(TICKETS, [1, 0], {"macs": 1_000_000}, retrained)
+    figure = accuracy_against_macs(TICKETS, FRONT, {"macs": 1_000_000}, retrained)
     assert [axes.get_ylabel() for axes in figure.axes] == ["validation accuracy", "test accuracy"]
     winners = figure.axes[1]
     assert [text.get_text() for text in winners.texts] == [

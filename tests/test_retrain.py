@@ -75,7 +75,7 @@ def ticket_of(space, dataset, folder):
             "num_classes": 10,
             "image_size": 8,
         },
-        "groups": group_masks(groups, mask),
+        "groups": group_masks(groups, mask, mask),
         "seed": 0,
     }
     return save_ticket(folder / "tickets", shrink(network, groups, mask), manifest)

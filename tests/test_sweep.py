@@ -9,12 +9,15 @@ from made_up_sweep import (
     HIGH,
     LARGE,
     LOW,
+    MIDDLE,
     OPENING,
     SEARCHED,
     SMALL,
     SPACE,
+    check,
     epoch,
     retrained,
+    ticket,
     trajectory,
     write,
 )
@@ -44,13 +47,52 @@ def test_the_journal_gives_the_space_back(sweep):
 
 def test_a_winner_bears_its_retraining_and_an_equal_share_of_the_search(sweep):
     report = sweep(FINISHED).report()
-    # Trajectories of 100 and 200, three proofs of 20, against 1000 for the dense network.
-    assert report["search_macs"] == 360 * GIGA
+    # Trajectories of 100 and 200, three proofs of 20 and two of 40, against 1000 for the dense
+    # network.
+    assert report["search_macs"] == 440 * GIGA
     large, small = report["winners"]
-    assert large["relative_cost"] == (500 + 360 / 2) / 1000
-    assert small["relative_cost"] == (175 + 360 / 2) / 1000
+    assert large["relative_cost"] == (500 + 440 / 2) / 1000
+    assert small["relative_cost"] == (175 + 440 / 2) / 1000
     assert report["dense"]["relative_cost"] == 1
-    assert report["sweep_cost"] == (360 + 500 + 175) / 1000
+    assert report["sweep_cost"] == (440 + 500 + 175) / 1000
+
+
+def test_without_sharing_each_prune_ratio_would_have_a_trajectory_to_its_own_draw(sweep):
+    report = sweep(FINISHED).report()
+    # One drew at epochs 7.5 and 10, the other at 8 and, of 20 epochs, never; an epoch costs 10.
+    assert report["without_sharing"] == (75 + 100 + 80 + 200 + 140 + 500 + 175) / 1000
+
+
+def test_one_prune_ratio_has_nothing_to_share(sweep):
+    alone = [
+        OPENING,
+        check(LOW, 7.5, {"0.3": 0.1}),
+        ticket(LOW, LARGE, 0.3, 1_000_000, 0.98, epoch=7.5),
+        trajectory(LOW, "drawn", 75 * GIGA, {"0.3": "drawn"}),
+        {"event": "winners", "tickets": [LARGE]},
+        *FINISHED[-7:-2],
+    ]
+    report = sweep(alone).report()
+    assert report["without_sharing"] == report["sweep_cost"]
+
+
+def test_without_halving_every_ticket_would_be_retrained_and_none_proved(sweep):
+    report = sweep(FINISHED).report()
+    # Tickets of 1M, 900k and 350k MACs, against 2M for the dense network.
+    assert report["without_halving"] == (300 + (0.5 + 0.45 + 0.175) * 1000) / 1000
+
+
+def test_a_ticket_tells_of_its_last_rung_and_of_what_all_its_proofs_cost(sweep):
+    tickets = {ticket["ticket"]: ticket for ticket in sweep(FINISHED).report()["tickets"]}
+    found = {
+        id: (ticket["proof_rung"], ticket["proof_accuracy"], ticket["proof_macs"])
+        for id, ticket in tickets.items()
+    }
+    assert found == {
+        LARGE: (2, 0.985, (20 + 40) * GIGA),
+        MIDDLE: (1, 0.95, 20 * GIGA),
+        SMALL: (2, 0.965, (20 + 40) * GIGA),
+    }
 
 
 def test_rows_are_of_the_dense_network_and_of_the_winners_in_order(sweep):
@@ -63,14 +105,14 @@ def test_rows_are_of_the_dense_network_and_of_the_winners_in_order(sweep):
         "penalty": 1e-3,
         "prune_ratio": 0.5,
         "seed": 0,
-        "draw_epoch": 8,
+        "draw_epoch": 10.0,
         "macs": 350_000,
         "params": 35_000,
-        "proof_accuracy": 0.96,
+        "proof_accuracy": 0.965,
         "validation_accuracy": 0.9525,
         "test_accuracy": 0.9625,
         "train_macs": 175 * GIGA,
-        "relative_cost": 0.355,
+        "relative_cost": 0.395,
     }
     assert report["dense"]["macs"] == 2_000_000
     assert report["dense"]["path"] is None
@@ -100,12 +142,13 @@ def test_the_state_is_how_the_sweep_last_ended(sweep, events, state):
 
 def test_what_is_not_known_yet_is_null(sweep):
     report = sweep(SEARCHED).report()
-    assert report["sweep_cost"] is None
+    for cost in ("sweep_cost", "without_sharing", "without_halving"):
+        assert report[cost] is None
     for row in [report["dense"], *report["winners"]]:
         assert row["test_accuracy"] is None
         assert row["train_macs"] is None
         assert row["relative_cost"] is None
-    assert report["winners"][0]["proof_accuracy"] == 0.98
+    assert report["winners"][0]["proof_accuracy"] == 0.985
 
 
 def test_a_sweep_that_only_began_has_no_winners(sweep):
@@ -117,7 +160,7 @@ def test_a_sweep_that_only_began_has_no_winners(sweep):
 def test_what_was_done_again_counts_as_it_was_done_last(sweep):
     failed = trajectory(HIGH, "failed", 0, {"0.3": "failed", "0.5": "failed"}, "worker died")
     report = sweep([OPENING, failed, *FINISHED[1:]]).report()
-    assert report["search_macs"] == 360 * GIGA
+    assert report["search_macs"] == 440 * GIGA
     assert [end["state"] for end in report["trajectories"]] == ["drawn", "not converged"]
 
 

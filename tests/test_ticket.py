@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from raytickets.config import InputError, Network
+from raytickets.masks import from_text
 from raytickets.models import build_network
 from raytickets.shrink import channel_groups, shrink
 from raytickets.ticket import (
@@ -32,7 +33,7 @@ def shrunk_network(spec=VGG, seed=0):
     return shrink(network, groups, mask), groups, mask
 
 
-def manifest_of(groups, mask, spec=VGG):
+def manifest_of(groups, mask, spec=VGG, cut=None):
     return {
         "network": {
             "name": spec.name,
@@ -41,7 +42,9 @@ def manifest_of(groups, mask, spec=VGG):
             "num_classes": 10,
             "image_size": 8,
         },
-        "groups": group_masks(groups, mask),
+        "groups": group_masks(groups, mask, mask if cut is None else cut),
+        "round_to": 1,
+        "precision": "float32",
         "seed": 0,
     }
 
@@ -61,6 +64,24 @@ def test_the_network_comes_back_bit_for_bit(tmp_path):
     assert torch.equal(loaded.network()(images), network.eval()(images))
     assert torch.equal(loaded.mask, mask)
     assert sum(kept for kept, _ in kept_channels(loaded.manifest).values()) == mask.sum()
+
+
+def test_a_ticket_keeps_its_mask_and_the_cut_that_was_rounded_up_to_it(tmp_path):
+    network, groups, mask = shrunk_network()
+    cut = mask.clone()
+    cut[mask.nonzero()[::3]] = False
+    saved = save_ticket(tmp_path, network, manifest_of(groups, mask, cut=cut))
+    loaded = load_ticket(saved.path)
+    masks, cuts = (
+        "".join(group[of] for group in loaded.manifest["groups"]) for of in ("mask", "cut")
+    )
+    assert torch.equal(from_text(masks), mask)
+    assert torch.equal(from_text(cuts), cut)
+    # The network is the mask's, not the cut's.
+    assert torch.equal(loaded.mask, mask)
+    kept = [kept for kept, _ in kept_channels(loaded.manifest).values()]
+    assert kept == [group["mask"].count("1") for group in loaded.manifest["groups"]]
+    assert sum(kept) == mask.sum()
 
 
 def test_fresh_weights_have_the_ticket_shape_and_follow_the_seed(ticket):

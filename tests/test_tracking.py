@@ -1,3 +1,5 @@
+"""What MLflow shows of a sweep, and that it is whole however the sweep and the store fared."""
+
 import json
 import socket
 import time
@@ -8,15 +10,16 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from raytickets.config import Data, InputError, Network, Retraining, SearchSpace, Training
-from raytickets.journal import Event
-from raytickets.tracking import (
-    Tracker,
-    prepare_store,
-    resolve_uri,
-    tickets_address,
-    ui_command,
+from raytickets.config import (
+    Data,
+    Network,
+    Retraining,
+    SearchSpace,
+    StopRule,
+    Training,
 )
+from raytickets.journal import Event
+from raytickets.tracking import Tracker, prepare_store
 
 SPACE = SearchSpace(
     name="digits",
@@ -26,26 +29,33 @@ SPACE = SearchSpace(
     prune_ratios=(0.3, 0.5),
     training=Training(epochs=6),
     retraining=Retraining(epochs=3, learning_rate=0.05),
+    stop_rule=StopRule(checks_per_epoch=2),
 )
 LOW, HIGH = "penalty0.0001-seed0", "penalty0.001-seed0"
 TICKETS = ("aaaa", "bbbb", "cccc")
+REASONS = {
+    "diverged": "the loss was nan in epoch 3",
+    "hopeless": "others were more accurate by then",
+}
 
 
-def check(trajectory: str, epoch: int, distances: dict[str, float | None]) -> Event:
+def check(trajectory: str, check: int, distances: dict[str, float | None]) -> Event:
+    epoch = check / 2
     return {
         "event": "check",
         "trajectory": trajectory,
-        "check": epoch,
+        "check": check,
         "epoch": epoch,
-        "loss": 2 / epoch,
-        "validation_accuracy": 0.9 - 0.3 / epoch,
+        "loss": 2 / check,
+        "validation_accuracy": 0.9 - 0.3 / epoch if epoch.is_integer() else None,
         "distances": distances,
-        "train_macs": epoch * 3_000_000,
+        "about_to_draw": any(distance and distance <= 0.4 for distance in distances.values()),
+        "train_macs": int(epoch * 3_000_000),
         "seconds": epoch * 1.5,
     }
 
 
-def ticket(folder: Path, key: str, penalty: float, ratio: float, epoch: int) -> Event:
+def ticket(folder: Path, key: str, penalty: float, ratio: float, check: int) -> Event:
     path = folder / "tickets" / key
     path.mkdir(parents=True)
     (path / "ticket.safetensors").write_bytes(b"weights of " + key.encode())
@@ -60,8 +70,8 @@ def ticket(folder: Path, key: str, penalty: float, ratio: float, epoch: int) -> 
         "learning_rate": 0.1,
         "seed": 0,
         "rule": "corrected",
-        "draw_check": epoch,
-        "draw_epoch": epoch,
+        "draw_check": check,
+        "draw_epoch": check / 2,
         "mask_distance": 0.15,
         "macs": int(1e6 * (1 - ratio) ** 2),
         "params": int(1e4 * (1 - ratio)),
@@ -69,19 +79,30 @@ def ticket(folder: Path, key: str, penalty: float, ratio: float, epoch: int) -> 
             "features.0": [int(8 * (1 - ratio)), 8],
             "features.3": [int(16 * (1 - ratio)), 16],
         },
-        "proof_accuracy": 0.9 - ratio / 5,
+        "proof_accuracy": round(0.9 - ratio / 5, 4),
         "proof_macs": 2_000_000,
     }
 
 
-def ended(trajectory: str, penalty: float, state: str, epochs: int) -> Event:
+def proof(key: str, rung: int, accuracy: float) -> Event:
+    return {
+        "event": "proof",
+        "ticket": key,
+        "rung": rung,
+        "proof_accuracy": accuracy,
+        "proof_macs": 2_000_000 * 2 ** (rung - 1),
+        "seconds": 1.5,
+    }
+
+
+def ended(trajectory: str, penalty: float, state: str, epochs: float) -> Event:
     return {
         "event": "trajectory",
         "trajectory": trajectory,
         "penalty": penalty,
         "seed": 0,
         "state": state,
-        "reason": "the loss was nan in epoch 6" if state == "diverged" else "",
+        "reason": REASONS.get(state, ""),
         "epochs": epochs,
         "train_macs": epochs * 3_000_000,
         "seconds": epochs * 1.5,
@@ -131,17 +152,19 @@ def sweep_events(folder: Path) -> list[Event]:
     }
     return [
         sweep,
-        *(check(LOW, epoch, {"0.3": None, "0.5": None}) for epoch in range(1, 5)),
+        *(check(LOW, number, {"0.3": None, "0.5": None}) for number in range(1, 5)),
         check(HIGH, 1, {"0.3": None, "0.5": None}),
         check(LOW, 5, {"0.3": 0.15, "0.5": 0.4}),
         ticket(folder, "aaaa", 1e-4, 0.3, 5),
         check(LOW, 6, {"0.3": 0.1, "0.5": 0.15}),
         ticket(folder, "bbbb", 1e-4, 0.5, 6),
-        ended(LOW, 1e-4, "drawn", 6),
-        *(check(HIGH, epoch, {"0.3": None, "0.5": None}) for epoch in (2, 3, 4)),
+        ended(LOW, 1e-4, "drawn", 3),
+        *(check(HIGH, number, {"0.3": None, "0.5": None}) for number in (2, 3, 4)),
         check(HIGH, 5, {"0.3": 0.15, "0.5": 0.9}),
         ticket(folder, "cccc", 1e-3, 0.3, 5),
-        ended(HIGH, 1e-3, "diverged", 6),
+        ended(HIGH, 1e-3, "diverged", 3),
+        proof("bbbb", 2, 0.79),
+        proof("aaaa", 2, 0.92),
         {"event": "winners", "tickets": ["aaaa", "bbbb"]},
         *retraining("aaaa", 490_000, 0.95),
         *retraining("bbbb", 250_000, 0.93),
@@ -238,7 +261,7 @@ def test_runs_are_nested_named_and_ended(tracked: Any):
     assert statuses.pop(HIGH) == "FAILED"
     assert set(statuses.values()) == {"FINISHED"}
     assert runs[HIGH].data.tags["raytickets.state"] == "diverged"
-    assert runs[HIGH].data.tags["mlflow.note.content"] == "the loss was nan in epoch 6"
+    assert runs[HIGH].data.tags["mlflow.note.content"] == "the loss was nan in epoch 3"
 
 
 def test_params(tracked: Any):
@@ -263,25 +286,41 @@ def test_params(tracked: Any):
     }
 
 
-def test_metrics_and_their_steps(tracked: Any, client: MlflowClient):
+def test_a_trajectorys_steps_are_its_checks(tracked: Any, client: MlflowClient):
     _, _, runs = tracked
-    assert history(client, runs[LOW], "loss") == [(e, 2 / e) for e in range(1, 7)]
-    assert history(client, runs[LOW], "mask_distance_0.5") == [(5, 0.4), (6, 0.15)]
-    assert history(client, runs[LOW], "train_macs")[-1] == (6, 18_000_000)
+    low = runs[LOW]
+    assert history(client, low, "loss") == [(number, 2 / number) for number in range(1, 7)]
+    assert history(client, low, "epoch") == [(number, number / 2) for number in range(1, 7)]
+    assert history(client, low, "mask_distance_0.5") == [(5, 0.4), (6, 0.15)]
+    assert history(client, low, "train_macs")[-1] == (6, 9_000_000)
+    assert low.data.metrics["epochs"] == 3
+    # Validation is at the end of an epoch, which is every second check.
+    assert [step for step, _ in history(client, low, "validation_accuracy")] == [2, 4, 6]
+
+
+def test_a_tickets_proofs_are_steps_by_rung_and_the_last_one_is_shown(
+    tracked: Any, client: MlflowClient
+):
+    _, _, runs = tracked
+    assert history(client, runs["bbbb"], "proof_accuracy") == [(1, 0.8), (2, 0.79)]
+    assert history(client, runs["bbbb"], "proof_macs") == [(1, 2e6), (2, 4e6)]
+    assert runs["bbbb"].data.metrics["proof_accuracy"] == 0.79
+    assert history(client, runs["cccc"], "proof_accuracy") == [(1, 0.84)]
+
+
+def test_a_tickets_figures_and_those_of_its_retraining(tracked: Any, client: MlflowClient):
+    _, _, runs = tracked
     ticket = runs["bbbb"].data.metrics
-    expected = {"proof_accuracy": 0.8, "proof_macs": 2e6, "macs": 250_000, "mask_distance": 0.15}
+    expected = {"macs": 250_000, "params": 5000, "draw_epoch": 3, "mask_distance": 0.15}
+    expected |= {"test_accuracy": 0.93, "train_macs": 2.25e6}
     assert {key: ticket[key] for key in expected} == expected
-    assert (ticket["draw_epoch"], ticket["test_accuracy"], ticket["train_macs"]) == (
-        6,
-        0.93,
-        2.25e6,
-    )
     assert [step for step, _ in history(client, runs["bbbb"], "validation_accuracy")] == [1, 2, 3]
     assert "test_accuracy" not in runs["cccc"].data.metrics
     assert runs["dense"].data.metrics["test_accuracy"] == 0.96
     assert [step for step, _ in history(client, runs["dense"], "learning_rate")] == [1, 2, 3]
     totals = runs["sweep"].data.metrics
     assert (totals["tickets"], totals["winners"], totals["winner_test_accuracy"]) == (3, 2, 0.95)
+    assert totals["best_proof_accuracy"] == 0.92
 
 
 def test_artifacts(tracked: Any, client: MlflowClient, tmp_path: Path):
@@ -295,6 +334,8 @@ def test_artifacts(tracked: Any, client: MlflowClient, tmp_path: Path):
     rows = table(client, runs["sweep"])
     assert [row["ticket"] for row in rows] == list(TICKETS)
     assert [row["test_accuracy"] for row in rows] == [0.95, 0.93, None]
+    proofs = [(row["proof_rung"], row["proof_accuracy"]) for row in rows]
+    assert proofs == [(2, 0.92), (2, 0.79), (1, 0.84)]
     assert rows[1]["share_of_dense_macs"] == 0.25
 
 
@@ -336,6 +377,31 @@ def test_a_sweep_goes_on_where_its_driver_died(uri: str, client: MlflowClient, t
     }
     assert (third["sweep"].info.status, third[LOW].info.status) == ("FINISHED", "FINISHED")
     assert history(client, third[LOW], "loss") == [(e, 2 / e) for e in range(1, 7)]
+
+
+def test_a_sweep_that_was_cut_off_between_proofs_goes_on(
+    uri: str, client: MlflowClient, tmp_path: Path
+):
+    events = sweep_events(tmp_path)
+    cut = next(i for i, event in enumerate(events) if event["event"] == "proof")
+    for end in (cut, cut + 1, len(events)):
+        assert track(uri, tmp_path, events[:end]) is None
+    runs = runs_of(client, tmp_path)
+    assert set(runs) == {"sweep", LOW, HIGH, *TICKETS, "dense"}
+    assert history(client, runs["bbbb"], "proof_accuracy") == [(1, 0.8), (2, 0.79)]
+    assert history(client, runs["aaaa"], "proof_accuracy") == [(1, 0.84), (2, 0.92)]
+    assert runs["aaaa"].info.status == "FINISHED"
+
+
+def test_a_trajectory_that_halving_ends_is_no_failure(
+    uri: str, client: MlflowClient, tmp_path: Path
+):
+    events = [*sweep_events(tmp_path)[:6], ended(HIGH, 1e-3, "hopeless", 0.5)]
+    assert track(uri, tmp_path, events) is None
+    run = runs_of(client, tmp_path)[HIGH]
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["raytickets.state"] == "hopeless"
+    assert run.data.tags["mlflow.note.content"] == "others were more accurate by then"
 
 
 def test_a_name_used_again_is_another_sweep(uri: str, client: MlflowClient, tmp_path: Path):
@@ -386,47 +452,6 @@ def test_events_wait_for_a_store_that_comes_back(
     assert set(runs_of(client, tmp_path)) == {"sweep", LOW, HIGH}
 
 
-def test_resolve_uri(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    assert resolve_uri() == f"sqlite:///{tmp_path}/mlflow.db"
-    assert resolve_uri("sqlite:///runs/a.db") == f"sqlite:///{tmp_path}/runs/a.db"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host:5000")
-    assert resolve_uri() == "http://host:5000"
-    assert resolve_uri("sqlite:////a.db") == "sqlite:////a.db"
-
-
-def test_ui_command():
-    assert ui_command("http://host:5000") == "http://host:5000"
-    assert ui_command("sqlite:////a b/m.db").endswith("--backend-store-uri 'sqlite:////a b/m.db'")
-
-
-def test_tickets_address(tracked: Any, uri: str):
-    _, _, runs = tracked
-    page = f"http://127.0.0.1:5000/#/experiments/{runs['sweep'].info.experiment_id}/runs?"
-    address = tickets_address(uri, "digits")
-    assert address.startswith(page)
-    assert "searchFilter=tags.%22raytickets.kind%22%20%3D%20%22ticket%22" in address
-    assert tickets_address(uri, "other").startswith("http://127.0.0.1:5000/#/experiments?")
-
-
-def test_prepare_store_names_what_cannot_be_used(tmp_path: Path):
-    (tmp_path / "file").write_text("not a database")
-    for uri in (
-        f"sqlite:///{tmp_path}/file/mlflow.db",
-        f"sqlite:///{tmp_path}/file",
-        "sqlite://",
-        "ftp://host",
-        str(tmp_path / "mlruns"),
-        f"http://127.0.0.1:{closed_port()}",
-    ):
-        started = time.monotonic()
-        with pytest.raises(InputError, match="tracking_uri: ") as caught:
-            prepare_store(uri)
-        assert time.monotonic() - started < 5
-        assert "\n" not in str(caught.value)
-
-
 def test_a_ticket_retrained_after_the_end_shows_its_latest_figures(
     uri: str, client: MlflowClient, tmp_path: Path
 ):
@@ -449,5 +474,5 @@ def test_a_trajectory_that_is_run_again_doubles_nothing(
     assert set(runs) == {"sweep", HIGH, "cccc"}
     assert history(client, runs[HIGH], "loss") == [(e, 2 / e) for e in range(1, 6)]
     assert len(history(client, runs["cccc"], "proof_accuracy")) == 1
-    assert runs[HIGH].data.metrics["epochs"] == 6
+    assert runs[HIGH].data.metrics["epochs"] == 3
     assert len(table(client, runs["sweep"])) == 1

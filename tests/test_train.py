@@ -1,4 +1,4 @@
-"""The training loop against PyTorch's own optimizer and schedules."""
+"""The training loop against PyTorch's own optimizer and schedules; bfloat16 beside float32."""
 
 import copy
 
@@ -6,8 +6,23 @@ import pytest
 import torch
 from torch import nn
 
-from raytickets.config import Training
-from raytickets.train import SGD, add_penalty, learning_rate, scale_parameters, seeded, train_epoch
+from raytickets.batches import Batches
+from raytickets.config import Data, Network, Training
+from raytickets.data import load_data
+from raytickets.models import build_network
+from raytickets.train import (
+    SGD,
+    Numerics,
+    accuracy,
+    add_penalty,
+    learning_rate,
+    numerics,
+    scale_parameters,
+    seeded,
+    train,
+)
+
+PLAIN = Numerics(torch.device("cpu"), torch.float32, channels_last=False)
 
 
 def small_network():
@@ -27,9 +42,8 @@ def batches(count=5):
 
 def test_an_epoch_is_what_torch_optim_computes():
     ours, theirs = small_network(), small_network()
-    recipe = Training(epochs=3, learning_rate=0.1, momentum=0.9, weight_decay=1e-2)
     optimizer = torch.optim.SGD(theirs.parameters(), 0.1, momentum=0.9, weight_decay=1e-2)
-    loss = train_epoch(ours, SGD(ours, 0.9, 1e-2), recipe, 0, batches(), 5, penalty=1e-2)
+    loss = train(ours, SGD(ours, 0.9, 1e-2), batches(), [0.1] * 5, PLAIN, penalty=1e-2)
     losses = []
     for images, labels in batches():
         optimizer.zero_grad()
@@ -80,7 +94,70 @@ def test_training_repeats_bit_for_bit():
     networks = []
     for _ in range(2):
         network = copy.deepcopy(small_network())
-        recipe = Training(epochs=1)
-        train_epoch(network, SGD(network, 0.9, 1e-4), recipe, 0, batches(), 5, penalty=1e-3)
+        train(network, SGD(network, 0.9, 1e-4), batches(), [0.1] * 5, PLAIN, penalty=1e-3)
         networks.append(network.state_dict())
     assert all(torch.equal(networks[0][name], networks[1][name]) for name in networks[0])
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return Batches(load_data(Data("digits")), Data("digits"))
+
+
+def trained(digits, how, epochs=2):
+    """A small VGG after some epochs on digits, and its losses."""
+    network = build_network(
+        Network("cifar_vgg", {"depth": 9, "width": 0.25}), in_channels=1, num_classes=10, seed=0
+    )
+    optimizer = SGD(how.place(network), 0.9, 1e-4)
+    rates = [0.02] * digits.count(32)
+    losses = [
+        train(network, optimizer, digits.training(32, seeded(epoch)), rates, how, penalty=1e-4)
+        for epoch in range(epochs)
+    ]
+    return network, losses
+
+
+def test_channels_last_computes_what_the_plain_layout_does(digits):
+    plain, losses = trained(digits, PLAIN)
+    other, others = trained(digits, Numerics(torch.device("cpu"), torch.float32, True))
+    assert others == pytest.approx(losses, rel=1e-3)
+    assert other.conv1_1.weight.is_contiguous(memory_format=torch.channels_last)
+    for mine, reference in zip(other.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-2, atol=1e-3)
+
+
+def test_bfloat16_learns_as_the_plain_loop_does(digits):
+    """Rounding to 8 bits changes every step a little, and the outcome not much."""
+    how = Numerics(torch.device("cpu"), torch.bfloat16, channels_last=True)
+    (plain, losses), (low, others) = trained(digits, PLAIN), trained(digits, how)
+    assert others == pytest.approx(losses, rel=0.05)
+    assert all(parameter.dtype == torch.float32 for parameter in low.parameters())
+    scales = [torch.cat([s.detach() for s in scale_parameters(n)]) for n in (plain, low)]
+    assert torch.corrcoef(torch.stack(scales))[0, 1] > 0.95
+    right = [accuracy(n, digits, "validation", h) for n, h in ((plain, PLAIN), (low, how))]
+    assert right[1] == pytest.approx(right[0], abs=0.03)
+
+
+def test_logits_are_float32_whatever_computes_them(digits):
+    images, _ = next(digits.evaluation("validation"))
+    network = small_vgg = build_network(
+        Network("cifar_vgg", {"depth": 9, "width": 0.125}), in_channels=1, num_classes=10, seed=0
+    ).eval()
+    how = Numerics(torch.device("cpu"), torch.bfloat16, channels_last=True)
+    exact, rounded = PLAIN.logits(network, images), how.logits(small_vgg, images)
+    assert exact.dtype == rounded.dtype == torch.float32
+    assert not torch.equal(exact, rounded)
+    torch.testing.assert_close(exact, rounded, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_auto_is_bfloat16_where_the_processor_computes_it(monkeypatch, fast):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    dense = small_network()
+    grouped = nn.Sequential(nn.Conv2d(4, 4, 3, groups=4), nn.BatchNorm2d(4))
+    assert numerics("auto", True, dense).dtype == (torch.bfloat16 if fast else torch.float32)
+    assert numerics("auto", True, grouped).dtype == torch.float32
+    assert numerics("float32", True, dense).dtype == torch.float32
+    assert numerics("bfloat16", True, grouped).dtype == torch.bfloat16

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from raytickets import cost, trajectory
-from raytickets.config import Data, Network, Retraining, SearchSpace, StopRule, Training
+from raytickets.config import Data, Network, Proof, Retraining, SearchSpace, StopRule, Training
 from raytickets.data import load_data
 from raytickets.journal import Journal
 from raytickets.sweep import select
 from raytickets.ticket import load_ticket
-from raytickets.trajectory import Point, grid, run_trajectory
+from raytickets.trajectory import Point, grid, prepare, prove, run_trajectory
 
 SPACE = SearchSpace(
     name="tiny",
@@ -21,7 +21,7 @@ SPACE = SearchSpace(
     penalties=(1e-3,),
     prune_ratios=(0.3, 0.6),
     training=Training(epochs=20, learning_rate=0.05, batch_size=32),
-    proof=Training(epochs=1, learning_rate=0.02, batch_size=32),
+    proof=Proof(budget=0.5, batch_size=32),
     retraining=Retraining(epochs=2, batch_size=32),
 )
 
@@ -32,8 +32,8 @@ def dataset():
 
 
 def events_of(space, dataset, folder, seed=0):
-    point = Point(space.penalties[0], seed)
-    return [event for events in run_trajectory(space, point, dataset, folder) for event in events]
+    point, setting = Point(space.penalties[0], seed), prepare(space, dataset, folder)
+    return [event for events in run_trajectory(setting, point) for event in events]
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,9 @@ def test_the_ledger_counts_three_forward_passes_a_sample(drawn, dataset):
     for check in select(events, "check"):
         assert check["train_macs"] == 3 * dense * samples * check["epoch"]
     for ticket in select(events, "ticket"):
-        assert ticket["proof_macs"] == 3 * ticket["macs"] * samples * SPACE.proof.epochs
+        # As many whole batches as half an epoch of the dense network would have paid for.
+        left = 3 * dense * len(dataset.train) * 0.5 - ticket["proof_macs"]
+        assert 0 <= left < 3 * ticket["macs"] * 32
 
 
 def events_dense_macs(dataset):
@@ -189,3 +191,74 @@ def test_the_grid_has_a_trajectory_for_each_penalty_and_seed():
     points = grid(space)
     assert len({point.id for point in points}) == len(points) == 4
     assert math.isclose(points[0].penalty, 1e-4)
+
+
+def test_a_later_rung_proves_again_from_the_draw_with_twice_the_macs(drawn, dataset):
+    folder, events = drawn
+    setting = prepare(SPACE, dataset, folder)
+    for ticket in select(events, "ticket"):
+        first, second = (prove(setting, folder / ticket["path"], rung) for rung in (1, 2))
+        assert first["proof_accuracy"] == ticket["proof_accuracy"]
+        assert first["proof_macs"] == ticket["proof_macs"]
+        assert second["proof_macs"] == pytest.approx(2 * first["proof_macs"], rel=0.05)
+        assert (second["event"], second["ticket"], second["rung"]) == ("proof", ticket["ticket"], 2)
+
+
+def test_checks_within_an_epoch_draw_within_an_epoch(dataset, tmp_path):
+    rule = StopRule(checks_per_epoch=4)
+    events = events_of(dataclasses.replace(SPACE, stop_rule=rule), dataset, tmp_path)
+    checks = select(events, "check")
+    batches = len(dataset.train) // 32
+    assert [check["epoch"] for check in checks[:4]] == [
+        batches * place // 4 / batches for place in (1, 2, 3, 4)
+    ]
+    for check in checks:
+        assert (check["validation_accuracy"] is None) == (check["epoch"] % 1 > 0)
+        assert (check["distances"]["0.3"] is None) == (check["check"] < 5)
+    for ticket in select(events, "ticket"):
+        draw = load_ticket(tmp_path / ticket["path"]).manifest["draw"]
+        assert draw == {"check": ticket["draw_check"], "epoch": ticket["draw_epoch"]}
+        assert draw["epoch"] == checks[draw["check"] - 1]["epoch"]
+    assert any(ticket["draw_epoch"] % 1 for ticket in select(events, "ticket"))
+
+
+def test_more_checks_do_not_change_the_training(drawn, dataset, tmp_path):
+    """The same weights after the same epochs, whatever looked at them in between."""
+    rule = StopRule(checks_per_epoch=3, threshold=1e-9)
+    training = dataclasses.replace(SPACE.training, epochs=3)
+    space = dataclasses.replace(SPACE, stop_rule=rule, training=training)
+    often = select(events_of(space, dataset, tmp_path), "check")
+    seldom = select(drawn[1], "check")
+    accuracies = [check["validation_accuracy"] for check in often if check["epoch"] % 1 == 0]
+    assert accuracies == [check["validation_accuracy"] for check in seldom[:3]]
+
+
+def test_widths_are_rounded_up_and_the_manifest_has_both_masks(dataset, tmp_path):
+    space = dataclasses.replace(SPACE, round_to=8)
+    (event, *_) = select(events_of(space, dataset, tmp_path), "ticket")
+    ticket = load_ticket(tmp_path / event["path"])
+    assert ticket.manifest["round_to"] == 8
+    rounded = 0
+    for group in ticket.manifest["groups"]:
+        kept, chosen = group["mask"].count("1"), group["cut"].count("1")
+        assert kept % 8 == 0
+        assert chosen <= kept
+        assert all(m == "1" for m, c in zip(group["mask"], group["cut"], strict=True) if c == "1")
+        rounded += kept - chosen
+    assert rounded
+    assert cost.params(ticket.network()) == event["params"]
+
+
+def test_a_trajectory_is_about_to_draw_when_a_distance_is_near_the_limit(drawn):
+    _, events = drawn
+    last = {"0.3": False, "0.6": False}
+    draws = {f"{e['prune_ratio']:g}": e["draw_check"] for e in select(events, "ticket")}
+    for check in select(events, "check"):
+        near = [
+            ratio
+            for ratio, distance in check["distances"].items()
+            if distance is not None and distance <= 0.4 and check["check"] <= draws[ratio]
+        ]
+        assert check["about_to_draw"] == bool(near)
+        last |= dict.fromkeys(near, True)
+    assert all(last.values())

@@ -1,0 +1,246 @@
+"""An ImageFolder: the images it holds, decoding them, and the cache of what was decoded."""
+
+import contextlib
+import functools
+import hashlib
+import json
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import PIL
+from PIL import Image, ImageOps
+
+from raytickets.config import InputError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+"""Files with these endings are images, as in torchvision's ImageFolder."""
+
+_TASK = 64  # images that one task of a thread decodes
+_CACHE_FORMAT = 1
+_DIGEST = hashlib.sha256().digest_size
+
+
+@dataclass(frozen=True)
+class Files:
+    """Image files that decode to uint8 [N, size, size, 3], and their labels, int64 [N].
+
+    `paths` are relative to `root` and bytes [N]: one array, which Ray's object store lends to
+    every process without a copy.
+    """
+
+    root: str
+    paths: np.ndarray
+    labels: np.ndarray
+    size: int
+    resize: bool
+    """Resize and centre-crop to `size`; without it the files must have it."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, places: np.ndarray) -> "Files":
+        return Files(self.root, self.paths[places], self.labels[places], self.size, self.resize)
+
+    def pixels(self, places: np.ndarray, threads: int | None = None) -> np.ndarray:
+        """Decode these images, uint8 [n, size, size, 3]; `threads` is one for each CPU by default.
+
+        Raises InputError that names the first file that cannot be used.
+        """
+        images = np.empty((len(places), self.size, self.size, 3), np.uint8)
+
+        def decode(start: int) -> None:
+            for at in range(start, min(start + _TASK, len(places))):
+                images[at] = np.asarray(self._decode(self._path(places[at])))
+
+        with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+            for _ in pool.map(decode, range(0, len(places), _TASK)):
+                pass
+        return images
+
+    def stats(self) -> np.ndarray:
+        """Size in bytes and modification time in ns of every file, int64 [N, 2]."""
+        found = np.empty((len(self), 2), np.int64)
+        for place in range(len(self)):
+            path = self._path(place)
+            try:
+                stat = path.stat()
+            except OSError as error:
+                raise _unreadable(path, error) from error
+            found[place] = stat.st_size, stat.st_mtime_ns
+        return found
+
+    def _path(self, place: int) -> Path:
+        return Path(self.root, os.fsdecode(self.paths[place]))
+
+    def _decode(self, path: Path) -> Image.Image:
+        image = open_image(path)
+        if self.resize:
+            return ImageOps.fit(image, (self.size, self.size), Image.Resampling.BILINEAR)
+        if image.size != (self.size, self.size):
+            allowed = f"must be given, as images differ in size ({path})"
+            raise InputError("data.image_size", None, allowed)
+        return image
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """The image files of all splits, one split after the other, each by class and name."""
+
+    root: Path
+    classes: tuple[str, ...]
+    paths: tuple[str, ...]
+    """Relative to the root."""
+    labels: np.ndarray
+    splits: Mapping[str, np.ndarray]
+    """Which of the files are each split's; `train` is always there."""
+
+    def files(self, size: int, resize: bool) -> Files:
+        paths = np.array([os.fsencode(path) for path in self.paths])
+        return Files(str(self.root), paths, self.labels, size, resize)
+
+
+def list_folder(path: str | None) -> ImageFolder:
+    """Read the file names of `train/<class>/*` (and `validation/`, `test/`) or plain `<class>/*`.
+
+    Raises InputError if there is no such folder, a class folder holds no image, there are fewer
+    than two classes, or the splits differ in their classes.
+    """
+    root = Path(str(path)).expanduser()
+    if not root.is_dir():
+        allowed = "must be a folder with train/<class>/<image> and test/<class>/<image>"
+        raise InputError("data.path", path, allowed)
+    folders = {name: root / name for name in ("train", "validation", "test")}
+    folders = {name: folder for name, folder in folders.items() if folder.is_dir()}
+    if "train" not in folders:
+        folders = {"train": root}
+    classes, paths, labels, splits = None, [], [], {}
+    for name, folder in folders.items():
+        found = _list_classes(folder, classes)
+        classes, start = tuple(found), len(paths)
+        for label, files in enumerate(found.values()):
+            paths += [os.path.relpath(file, root) for file in files]
+            labels += [label] * len(files)
+        splits[name] = np.arange(start, len(paths))
+    assert classes is not None
+    return ImageFolder(root, classes, tuple(paths), np.array(labels, np.int64), splits)
+
+
+def _list_classes(folder: Path, classes: tuple[str, ...] | None) -> dict[str, list[str]]:
+    """The image files of every class, both sorted; the classes must be the given ones, if any."""
+    found: dict[str, list[str]] = {}
+    for child in sorted(path for path in folder.iterdir() if path.is_dir()):
+        files = [
+            f"{place}/{name}"
+            for place, _, names in os.walk(child)
+            for name in names
+            if name.lower().endswith(SUFFIXES)
+        ]
+        if not files:
+            raise InputError("data.path", str(child), "this class folder holds no image")
+        found[child.name] = sorted(files)
+    if len(found) < 2:
+        allowed = "must hold at least two class folders with images, <class>/<image>"
+        raise InputError("data.path", str(folder), allowed)
+    if classes is not None and tuple(found) != classes:
+        allowed = f"must have the same class folders as train/, which are {', '.join(classes)}"
+        raise InputError("data.path", str(folder), allowed)
+    return found
+
+
+def open_image(path: Path) -> Image.Image:
+    """The image in RGB; InputError that names the file if it cannot be read."""
+    try:
+        return Image.open(path).convert("RGB")
+    except Exception as error:  # Pillow's decoders raise many kinds on damaged files.
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> InputError:
+    return InputError("data.path", str(path), f"is not a readable image ({error})")
+
+
+def read_images(files: Files) -> np.ndarray:
+    """Every image, uint8 [N, size, size, 3] and read-only: from the cache, or decoded and cached.
+
+    The cache is `$XDG_CACHE_HOME/raytickets` (`~/.cache/raytickets`), unless `RAYTICKETS_CACHE` is
+    `0` or `off`. An entry is a .npy file with its SHA-256 after it; a folder has one at a time. One
+    that is damaged is decoded anew, and one that cannot be written costs a warning.
+    """
+    entry = _cache_entry(files)
+    images = None if entry is None else _read(entry)
+    if images is None:
+        images = files.pixels(np.arange(len(files)))
+        if entry is not None:
+            _write(entry, images)
+    return images
+
+
+def _cache_entry(files: Files) -> Path | None:
+    """Where these images are cached: `<the folder's hash>-<the hash of all they depend on>.npy`."""
+    if os.environ.get("RAYTICKETS_CACHE", "").lower() in ("0", "off"):
+        return None
+    try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    except RuntimeError as error:
+        _warn(f"decoded images are not cached: {error}")
+        return None
+    root = os.fsencode(Path(files.root).resolve())
+    rules = [_CACHE_FORMAT, PIL.__version__, files.size, files.resize]
+    key = hashlib.sha256(json.dumps(rules).encode())
+    for part in (root, *files.paths.tolist(), files.stats().tobytes()):
+        key.update(part + b"\0")
+    folder = hashlib.sha256(root).hexdigest()[:16]
+    return home / "raytickets" / f"{folder}-{key.hexdigest()[:32]}.npy"
+
+
+def _read(entry: Path) -> np.ndarray | None:
+    try:
+        content = np.memmap(entry, np.uint8, "r")
+        if hashlib.sha256(content[:-_DIGEST].data).digest() == content[-_DIGEST:].tobytes():
+            return np.asarray(np.load(entry, mmap_mode="r", allow_pickle=False))
+    except (OSError, ValueError):
+        pass
+    return None
+
+
+def _write(entry: Path, images: np.ndarray) -> None:
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(".tmp", entry.stem, entry.parent)
+        try:
+            with os.fdopen(handle, "w+b") as file:
+                np.save(file, images)
+                file.seek(0)
+                digest = hashlib.file_digest(file, "sha256").digest()
+                file.write(digest)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(name).replace(entry)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+        _delete_older(entry)
+    except OSError as error:
+        _warn(f"decoded images are not cached: {error}")
+
+
+def _delete_older(entry: Path) -> None:
+    """Delete the folder's other entries, and what writers left that were killed a day ago."""
+    folder = entry.name.partition("-")[0]
+    for other in entry.parent.glob(f"{folder}-*"):
+        with contextlib.suppress(FileNotFoundError):
+            killed = other.suffix == ".tmp" and time.time() - other.stat().st_mtime > 24 * 3600
+            if killed or (other.suffix == ".npy" and other != entry):
+                other.unlink()
+
+
+@functools.cache
+def _warn(message: str) -> None:
+    logging.getLogger(__name__).warning("raytickets: %s", message)

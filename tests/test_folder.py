@@ -1,0 +1,267 @@
+"""An ImageFolder is listed by class and name, and decoded once."""
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from raytickets import folder as folder_module
+from raytickets.config import InputError
+from raytickets.folder import Files, list_folder, read_images
+
+WARNING = "decoded images are not cached"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """The cache's folder, which is not there yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("RAYTICKETS_CACHE", raising=False)
+    folder_module._warn.cache_clear()
+    return tmp_path / "cache" / "raytickets"
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """How many files every `read_images` decoded since the last look."""
+    paths = []
+    original = folder_module.open_image
+    monkeypatch.setattr(
+        folder_module, "open_image", lambda path: paths.append(path) or original(path)
+    )
+
+    def count():
+        seen = len(paths)
+        paths.clear()
+        return seen
+
+    return count
+
+
+def files_of(path, size=None) -> Files:
+    return list_folder(str(path)).files(size or 8, resize=size is not None)
+
+
+def test_files_are_sorted_by_class_and_name(image_folder):
+    path = image_folder({"b": 2, "b/deeper": 1, "a": 11})
+    (path / "a" / "notes.txt").write_text("no image")
+    (path / "a" / "5.png").rename(path / "a" / "upper.PNG")
+    found = list_folder(str(path))
+    names = ["0", "1", "10", "2", "3", "4", "6", "7", "8", "9"]
+    of_a = [f"a/{name}.png" for name in names] + ["a/upper.PNG"]
+    assert found.paths == (*of_a, "b/0.png", "b/1.png", "b/deeper/0.png")
+    assert found.labels.tolist() == [0] * 11 + [1] * 3
+    assert found.classes == ("a", "b")
+
+
+def test_splits_that_are_there_are_told_apart(image_folder):
+    path = image_folder({"train/a": 3, "train/b": 2, "test/a": 1, "test/b": 1})
+    found = list_folder(str(path))
+    assert {name: len(places) for name, places in found.splits.items()} == {"train": 5, "test": 2}
+    assert [found.paths[place] for place in found.splits["test"]] == [
+        "test/a/0.png",
+        "test/b/0.png",
+    ]
+
+
+def test_pixels_are_pillows(image_folder):
+    from PIL import Image, ImageOps
+
+    path = image_folder({"a": 2, "b": 1}, size=(12, 9))
+    images = [Image.open(path / name) for name in ("a/0.png", "a/1.png", "b/0.png")]
+    files = files_of(path, size=6)
+    expected = [ImageOps.fit(image, (6, 6), Image.Resampling.BILINEAR) for image in images]
+    pixels = files.pixels(np.array([2, 0, 1]))
+    assert pixels.dtype == np.uint8
+    assert np.array_equal(pixels, np.stack(expected)[[2, 0, 1]])
+
+
+@pytest.mark.parametrize(
+    "content", [b"no image", b"", b"\x89PNG\r\n", b"\x89PNG\r\n\x1a\n" + bytes(40)]
+)
+def test_a_broken_image_is_named(image_folder, content):
+    path = image_folder({"a": 4, "b": 4})
+    (path / "b" / "1.png").write_bytes(content)
+    with pytest.raises(InputError, match=r"b/1\.png.*not a readable image"):
+        read_images(files_of(path))
+
+
+def test_a_file_that_leads_nowhere_is_named(image_folder):
+    path = image_folder({"a": 4, "b": 4})
+    (path / "b" / "9.png").symlink_to("nothing")
+    with pytest.raises(InputError, match=r"b/9\.png.*not a readable image"):
+        read_images(files_of(path))
+
+
+def test_images_are_decoded_once(image_folder, cache, decoded):
+    path = image_folder({"train/a": 4, "train/b": 4, "test/a": 2, "test/b": 2})
+    first = read_images(files_of(path))
+    assert decoded() == 12
+    second = read_images(files_of(path))
+    assert decoded() == 0
+    assert type(second) is np.ndarray
+    assert second.dtype == np.uint8
+    assert np.array_equal(first, second)
+    (entry,) = cache.iterdir()
+    assert np.array_equal(np.load(entry), first)
+
+
+def touch(path):
+    stat = (path / "a" / "0.png").stat()
+    os.utime(path / "a" / "0.png", ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+
+
+def grow(path):
+    stat = (path / "a" / "0.png").stat()
+    with (path / "a" / "0.png").open("ab") as file:
+        file.write(b" ")
+    os.utime(path / "a" / "0.png", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        touch,
+        grow,
+        lambda path: shutil.copy2(path / "a" / "0.png", path / "a" / "new.png"),
+        lambda path: (path / "a" / "0.png").unlink(),
+        lambda path: (path / "a" / "0.png").rename(path / "a" / "renamed.png"),
+        lambda path: (path / "b" / "3.png").rename(path / "a" / "moved.png"),
+    ],
+    ids=["touched", "grown", "added", "removed", "renamed", "moved to another class"],
+)
+def test_a_changed_folder_is_decoded_anew_and_its_old_entry_deleted(
+    image_folder, cache, decoded, change
+):
+    path = image_folder({"a": 4, "b": 4})
+    read_images(files_of(path))
+    (old,) = cache.iterdir()
+    decoded()
+    change(path)
+    images = read_images(files_of(path))
+    assert decoded() == len(images)
+    (new,) = cache.iterdir()
+    assert new != old
+
+
+def test_sizes_and_folders_are_told_apart(image_folder, cache, decoded, tmp_path):
+    path = image_folder({"a": 4, "b": 4})
+    read_images(files_of(path, size=6))
+    assert read_images(files_of(path, size=7)).shape == (8, 7, 7, 3)
+    assert decoded() == 16
+    other = shutil.copytree(path, tmp_path / "other")
+    read_images(files_of(other, size=7))
+    assert decoded() == 8
+    assert len(list(cache.iterdir())) == 2
+    read_images(files_of(path, size=7))
+    assert decoded() == 0
+
+
+def test_a_folder_by_another_name_is_the_same(image_folder, decoded, tmp_path, monkeypatch):
+    path = image_folder({"a": 4, "b": 4})
+    read_images(files_of(path))
+    (tmp_path / "link").symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    decoded()
+    read_images(files_of("link"))
+    read_images(files_of("images"))
+    assert decoded() == 0
+
+
+def flip_a_bit(content):
+    content[-100] ^= 1
+
+
+def cut_in_half(content):
+    del content[len(content) // 2 :]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [flip_a_bit, cut_in_half, bytearray.clear, lambda c: c.append(0), lambda c: c.__delitem__(-1)],
+    ids=["a bit", "a half", "empty", "a byte more", "a byte less"],
+)
+def test_a_damaged_entry_is_decoded_anew_and_written_again(image_folder, cache, decoded, damage):
+    path = image_folder({"a": 4, "b": 4})
+    first = read_images(files_of(path))
+    (entry,) = cache.iterdir()
+    content = bytearray(entry.read_bytes())
+    damage(content)
+    entry.write_bytes(content)
+    decoded()
+    assert np.array_equal(read_images(files_of(path)), first)
+    assert decoded() == 8
+    read_images(files_of(path))
+    assert decoded() == 0
+
+
+@pytest.mark.parametrize("off", ["0", "off"])
+def test_the_cache_can_be_switched_off(image_folder, cache, decoded, monkeypatch, off):
+    monkeypatch.setenv("RAYTICKETS_CACHE", off)
+    path = image_folder({"a": 4, "b": 4})
+    for _ in range(2):
+        read_images(files_of(path))
+        assert decoded() == 8
+    assert not cache.exists()
+
+
+def test_a_cache_that_cannot_be_written_costs_one_line(image_folder, cache, caplog):
+    cache.parent.write_text("no folder")
+    path = image_folder({"a": 4, "b": 4})
+    for _ in range(2):
+        assert read_images(files_of(path)).shape == (8, 8, 8, 3)
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert WARNING in record.message
+    assert "\n" not in record.message
+
+
+def test_a_full_disk_costs_one_line_and_leaves_nothing(image_folder, cache, caplog, monkeypatch):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    path = image_folder({"a": 4, "b": 4})
+    assert read_images(files_of(path)).shape == (8, 8, 8, 3)
+    assert "No space left" in caplog.text
+    assert list(cache.iterdir()) == []
+
+
+def test_what_killed_writers_left_is_deleted_after_a_day(image_folder, cache):
+    path = image_folder({"a": 4, "b": 4})
+    read_images(files_of(path))
+    (entry,) = cache.iterdir()
+    young, old = (cache / f"{entry.stem}{name}.tmp" for name in ("young", "old"))
+    for left in (young, old):
+        left.write_bytes(b"half")
+    os.utime(old, (time.time() - 90_000,) * 2)
+    touch(path)
+    read_images(files_of(path))
+    assert young.exists()
+    assert not old.exists()
+
+
+def test_processes_that_write_at_once_agree(image_folder, cache):
+    path = image_folder({"a": 40, "b": 40})
+    script = (
+        "import sys; from raytickets.folder import *\n"
+        "sys.stdin.readline()\n"
+        "files = list_folder(sys.argv[1]).files(8, False)\n"
+        "print(hashlib.sha256(read_images(files)).hexdigest())\n"
+    )
+    command = [sys.executable, "-c", script, str(path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    started = [subprocess.Popen(command, text=True, **pipes) for _ in range(2)]
+    for process in started:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    told = [process.communicate(timeout=60) for process in started]
+    assert len({output for output, _ in told}) == 1
+    assert [errors for _, errors in told] == [""] * 2
+    (entry,) = cache.iterdir()
+    assert entry.suffix == ".npy"
