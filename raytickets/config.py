@@ -310,9 +310,10 @@ class SearchSpace:
     stop_rule: StopRule = field(default_factory=StopRule)
     min_channels: int = 1
     """Each channel group keeps at least this many, its best ones."""
-    round_to: int = 1
+    round_to: int = 8
     """Each channel group's width is rounded up to a multiple of this, where the group has as many,
-    by keeping the best of the channels to drop: processors compute in blocks of 8 or 16."""
+    by keeping the best of the channels to drop: processors compute in blocks, so that they take
+    next to no time (tests/benchmarks/shrunk_retraining.py). 1 leaves widths as they are cut."""
     precision: Precision = "auto"
     """What convolutions and matrix products compute in; weights are float32 always. `auto` is
     bfloat16 where the processor has instructions for it (see `raytickets.train.numerics`)."""

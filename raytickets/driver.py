@@ -5,8 +5,9 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 # Under `uv run` Ray would build a new environment for every worker; a sweep's workers are to run
@@ -30,8 +31,10 @@ from raytickets.plan import Plan, make_plan
 from raytickets.retrain import DENSE, Job, retrain, worker_count
 from raytickets.sweep import Sweep, select
 from raytickets.ticket import load_ticket
-from raytickets.tracking import Tracker, prepare_store, resolve_uri
 from raytickets.tuner import run_search
+
+if TYPE_CHECKING:
+    from raytickets.tracking import Tracker
 
 Observer = Callable[[Event], None]
 
@@ -66,9 +69,7 @@ def search(
 def run(plan: Plan, tracking_uri: str | None = None, observer: Observer = _unheard) -> Sweep:
     """Run a sweep whose input was checked; the rest of `search`."""
     space, sweep = plan.space, Sweep(plan.folder)
-    uri = resolve_uri(tracking_uri)
-    prepare_store(uri)
-    with _cluster(space) as (slots, capacity), _told(plan.folder, uri, observer) as tell:
+    with _running(space, plan.folder, tracking_uri, observer) as (slots, capacity, tell):
         workers = worker_count(space, capacity)
         if plan.opening not in sweep.events():
             tell(plan.opening)
@@ -114,9 +115,7 @@ def retrain_ticket(
     recipe = {name: value for name, value in recipe.items() if value is not None}
     space = space.with_retraining(**recipe)
     dataset = load_data(space.data)
-    uri = resolve_uri(tracking_uri)
-    prepare_store(uri)
-    with _cluster(space) as (_, capacity), _told(sweep.path, uri, observer) as tell:
+    with _running(space, sweep.path, tracking_uri, observer) as (_, capacity, tell):
         workers = worker_count(space, capacity)
         jobs = [Job(ticket.id, path)]
         try:
@@ -129,6 +128,26 @@ def retrain_ticket(
 def _last_line(error: str) -> str:
     # What Ray brings from a worker is a traceback, and its last line says what happened.
     return error.strip().splitlines()[-1]
+
+
+@contextlib.contextmanager
+def _running(
+    space: SearchSpace, folder: Path, tracking_uri: str | None, observer: Observer
+) -> Iterator[tuple[int, int, Callable[[Event], None]]]:
+    """Ray and MLflow: room for trials, room for retraining workers, and how to tell of events."""
+    with ThreadPoolExecutor(1) as pool:
+        # MLflow takes seconds to import, and Ray as long to start.
+        tracker = pool.submit(_open_tracker, folder, tracking_uri)
+        with _cluster(space) as room, _told(folder, tracker.result(), observer) as tell:
+            yield *room, tell
+
+
+def _open_tracker(folder: Path, uri: str | None) -> "Tracker":
+    from raytickets.tracking import Tracker, prepare_store, resolve_uri
+
+    uri = resolve_uri(uri)
+    prepare_store(uri)
+    return Tracker(uri, folder)
 
 
 @contextlib.contextmanager
@@ -168,10 +187,11 @@ def _cluster(space: SearchSpace) -> Iterator[tuple[int, int]]:
 
 
 @contextlib.contextmanager
-def _told(folder: Path, uri: str, observer: Observer) -> Iterator[Callable[[Event], None]]:
+def _told(
+    folder: Path, tracker: "Tracker", observer: Observer
+) -> Iterator[Callable[[Event], None]]:
     """Tells an event to the journal, then to MLflow and the observer."""
     journal = Journal(folder)
-    tracker = Tracker(uri, folder)
 
     def tell(event: Event) -> None:
         journal.append(event)

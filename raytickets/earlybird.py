@@ -39,37 +39,43 @@ class MaskWindow:
 
     def __init__(self, rule: StopRule, ratios: Sequence[float]):
         self.rule = rule
-        self.ratios = tuple(ratios)
         self._order = sorted(range(len(ratios)), key=ratios.__getitem__)
+        self._ratios = [ratios[place] for place in self._order]
         # Masks of rising ratios are nested, so one number for each channel tells all of them: how
-        # many of them keep it. A row is that number for each channel, int32 [C].
+        # many of them keep it.
         self._levels: deque[Tensor] = deque(maxlen=rule.window)
+        self._chose_nothing: deque[Tensor] = deque(maxlen=rule.window)
+        rising = torch.tensor(self._ratios, dtype=torch.float64)
+        self._chance = 2 * rising * (1 - rising) if rule.rule == "corrected" else 1.0
 
     def check(self, scores: Tensor) -> list[Verdict]:
         """Look at one more score vector, float [C] on the CPU; one verdict per prune ratio."""
-        ascending = [self.ratios[place] for place in self._order]
-        newest = torch.bucketize(scores, thresholds(scores, ascending), out_int32=True)
+        count, older = len(scores), list(self._levels)[1 - self.rule.window :]
+        newest = torch.bucketize(scores, thresholds(scores, self._ratios), out_int32=True)
+        # At a ratio two masks differ in the channels that only one of their levels is above.
+        lower = [torch.minimum(levels, newest) for levels in older]
+        higher = [torch.maximum(levels, newest) for levels in older]
+        dropped = self._dropped(torch.stack([newest, *lower, *higher]))
         self._levels.append(newest)
+        self._chose_nothing.append(dropped[0] == count)
+        verdicts = [Verdict((), False)] * len(self._order)
         if len(self._levels) < self.rule.window:
-            return [Verdict((), False) for _ in self.ratios]
-        levels = torch.stack(list(self._levels))
-        # At a ratio two masks differ in the channels that only one level is above.
-        lower, higher = torch.minimum(levels[:-1], newest), torch.maximum(levels[:-1], newest)
-        differing = self._dropped(lower) - self._dropped(higher)
-        distances = 1 - (len(scores) - differing).double() / len(scores)
+            return verdicts
+        differing = dropped[1 : len(older) + 1] - dropped[len(older) + 1 :]
+        distances = (1 - (count - differing).double() / count) / self._chance
         if self.rule.rule == "corrected":
-            ratios = torch.tensor(ascending, dtype=torch.float64)
-            distances /= 2 * ratios * (1 - ratios)
-            nothing = self._dropped(levels) == len(scores)
-            distances[nothing[:-1] | nothing[-1]] = 1.0
-        verdicts: list[Verdict] = [Verdict((), False)] * len(self.ratios)
+            *before, now = self._chose_nothing
+            distances[torch.stack(before) | now] = 1.0
         for place, row in zip(self._order, distances.T.tolist(), strict=True):
             verdicts[place] = Verdict(tuple(row), max(row) <= self.rule.limit)
         return verdicts
 
     def _dropped(self, levels: Tensor) -> Tensor:
-        """How many channels of each row the masks of the rising ratios drop: int64 [rows, K]."""
-        rows, kinds = len(levels), len(self.ratios) + 1
-        offsets = torch.arange(rows, dtype=torch.int32)[:, None] * kinds
-        counts = (levels + offsets).flatten().bincount(minlength=rows * kinds)
+        """How many channels the masks of the rising ratios drop: int64 [rows, K].
+
+        levels is int32 [rows, C].
+        """
+        rows, kinds = len(levels), len(self._ratios) + 1
+        levels += torch.arange(0, rows * kinds, kinds, dtype=torch.int32)[:, None]
+        counts = levels.flatten().bincount(minlength=rows * kinds)
         return counts.view(rows, kinds).cumsum(1)[:, :-1]

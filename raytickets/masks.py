@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -9,12 +10,14 @@ from torch import Tensor
 def thresholds(scores: Tensor, ratios: Sequence[float]) -> Tensor:
     """What a channel has to score more than at each prune ratio, from one sort.
 
-    scores is float [C], ratios are above 0 and below 1; returns float [len(ratios)]: the scores at
-    places int(C * p) of the sorted scores (You et al. 2020, section 3.2 and the authors' code).
+    scores is float [C] on the CPU, ratios are above 0 and below 1; returns float [len(ratios)]: the
+    scores at places int(C * p) of the sorted ones (You et al. 2020, section 3.2 and the authors'
+    code).
     """
     count = len(scores)
     places = [min(int(count * ratio), count - 1) for ratio in ratios]
-    return scores.sort().values[places]
+    # NumPy sorts values alone, and so several times as fast as torch, which sorts places too.
+    return torch.from_numpy(np.sort(scores.numpy())[places])
 
 
 def cut(scores: Tensor, ratio: float) -> Tensor:

@@ -90,7 +90,13 @@ def gammas(network: nn.Module) -> Tensor:
     Float32 [sum of their widths], detached, on the network's device: what the rule of You et al.
     2020 (arXiv 1909.11957, section 3.2) sorts.
     """
-    return torch.cat([norm.weight.detach().abs() for _, norm in _batchnorms(network)]).float()
+    scales: list[Tensor] = [
+        module.weight
+        for module in network.modules()
+        if isinstance(module, nn.BatchNorm2d) and module.affine
+    ]
+    with torch.no_grad():
+        return torch.cat(scales).abs().float()
 
 
 def scorer(network: nn.Module, groups: Sequence[ChannelGroup]) -> Callable[[], Tensor]:

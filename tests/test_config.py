@@ -45,7 +45,7 @@ def test_what_is_left_out_has_a_usable_value():
     assert made.stop_rule == StopRule("corrected", window=5, checks_per_epoch=1)
     assert made.proof == Proof(budget=1, rungs=2)
     assert made.halving is None
-    assert (made.round_to, made.precision, made.channels_last) == (1, "auto", True)
+    assert (made.round_to, made.precision, made.channels_last) == (8, "auto", True)
     assert made.data.loading == "auto"
     assert made.seeds == (0,)
     assert made.resources == Resources(cpus_per_trial=1, gpus_per_trial=0)
@@ -194,7 +194,7 @@ CHANGES: dict[str, Any] = {
     "proof": Proof(rungs=3),
     "stop_rule": StopRule("paper"),
     "min_channels": 2,
-    "round_to": 8,
+    "round_to": 16,
     "precision": "float32",
     "channels_last": False,
     "halving": Halving(),

@@ -32,6 +32,7 @@ SPACE = SearchSpace(
     prune_ratios=(0.3, 0.6),
     training=Recipe(epochs=20, learning_rate=0.05, batch_size=32),
     proof=Proof(budget=0.5, batch_size=32),
+    round_to=1,
     retraining=Retraining(epochs=2, batch_size=32),
     winners=1,
 )

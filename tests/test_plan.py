@@ -90,7 +90,7 @@ def test_a_sweep_that_goes_on_keeps_the_opening_of_its_first_run(space, tmp_path
             r"another stop_rule\.rule, stop_rule\.checks_per_epoch, winners;",
         ),
         ({"proof": Proof(rungs=3, batch_size=16)}, r"another proof\.rungs;"),
-        ({"round_to": 8, "precision": "float32"}, "another round_to, precision;"),
+        ({"round_to": 16, "precision": "float32"}, "another round_to, precision;"),
         ({"halving": Halving()}, "another halving"),
     ],
 )

@@ -56,6 +56,7 @@ def main() -> None:
         proof=Proof(budget=1e-9),
         retraining=Retraining(epochs=1),
         stop_rule=StopRule("paper"),
+        round_to=1,
         precision="float32",
     )
     dataset = load_data(space.data)

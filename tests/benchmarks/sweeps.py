@@ -61,7 +61,7 @@ def space(folder: str, limit: int, epochs: int, **fields) -> SearchSpace:
 
 def run_ours(parsed: argparse.Namespace) -> None:
     """In a process of its own: search until the winners are known; the times as JSON."""
-    from raytickets.driver import search
+    from raytickets.driver import SweepFailed, search
 
     times: dict[str, float] = {}
 
@@ -86,7 +86,7 @@ def run_ours(parsed: argparse.Namespace) -> None:
         )
     else:
         chosen = space(parsed.cifar, parsed.limit, parsed.epochs, proof=Proof(budget=0.25))
-    with contextlib.suppress(_Over):
+    with contextlib.suppress(SweepFailed):  # by what `observe` raises
         search(chosen, name="ours", storage=Path.cwd(), observer=observe)
 
 
