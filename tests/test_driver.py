@@ -21,8 +21,11 @@ from raytickets.config import (
     StopRule,
 )
 from raytickets.config import Training as Recipe
+from raytickets.data import load_data
 from raytickets.driver import SweepFailed, retrain_ticket
 from raytickets.sweep import Sweep, select
+from raytickets.ticket import WEIGHTS
+from raytickets.trajectory import grid, prepare, run_trajectory
 
 SPACE = SearchSpace(
     name="tiny",
@@ -129,19 +132,18 @@ def test_mlflow_holds_sweep_trajectories_and_tickets(store):
 
 
 @pytest.mark.slow
-def test_the_same_space_gives_the_same_tickets(sweep, place, store):
-    """On one worker that goes from trial to trial, so nothing leaks from the one before."""
-    resources = Resources(cpus_per_trial=1)
-    space = dataclasses.replace(SPACE, penalties=(1e-2, 1e-3), resources=resources)
-    other = search(space, name="second", storage=place, tracking_uri=store)
-    weights = [
-        {
-            load_ticket(s.path / e["path"]).manifest["files"]["ticket.safetensors"]
-            for e in select(s.events(), "ticket")
-        }
-        for s in (sweep, other)
+@pytest.mark.usefixtures("ray_instance")
+def test_warm_workers_draw_the_tickets_that_fresh_ones_do(place, store, tmp_path):
+    """Two workers take four trajectories, and nothing leaks from one to the next."""
+    space = dataclasses.replace(SPACE, name="warm", penalties=(1e-3, 3e-3, 1e-2, 3e-2))
+    sweep = search(space, name="warm", storage=place, tracking_uri=store)
+    fresh = [
+        event["ticket"]
+        for point in grid(space)
+        for events in run_trajectory(prepare(space, load_data(space.data), tmp_path), point)
+        for event in select(events, "ticket")
     ]
-    assert weights[0] == weights[1]
+    assert ids(sweep) == sorted(fresh)
 
 
 def test_a_sweep_that_is_done_goes_on_with_nothing(sweep, place, store):
@@ -216,6 +218,20 @@ def test_a_trajectory_that_fails_is_named_and_the_others_finish(place, store, tm
     report = Sweep(place / "fragile").report()
     assert report["state"] == "failed"
     assert report["trajectories"][0]["state"] == "failed"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_instance")
+def test_a_proof_that_fails_fails_the_sweep_which_can_go_on(place, store):
+    """Tickets are damaged as soon as they are drawn, and drawn again when the sweep goes on."""
+
+    def damage(event):
+        if event["event"] == "ticket":
+            (place / "damaged" / event["path"] / WEIGHTS).unlink()
+
+    with pytest.raises(SweepFailed, match=r"a proof failed: .*DamagedTicket"):
+        search(SPACE, name="damaged", storage=place, tracking_uri=store, observer=damage)
+    assert search(SPACE, name="damaged", storage=place, tracking_uri=store).report()["winners"]
 
 
 @pytest.mark.slow

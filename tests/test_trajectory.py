@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -185,6 +187,27 @@ def test_the_floor_keeps_a_group_alive_and_the_manifest_says_where(dataset, tmp_
     assert min(kept for kept, _ in event["kept"].values()) >= 2
     assert acted_on
     assert all(event["kept"][name][0] == 2 for name in acted_on)
+
+
+ALONE = """
+import sys
+from pathlib import Path
+from raytickets import load_space
+from raytickets.data import load_data
+from raytickets.trajectory import Point, prepare, run_trajectory
+space = load_space("digits")
+setting = prepare(space, load_data(space.data), Path(sys.argv[1]))
+assert sum(len(events) for events in run_trajectory(setting, Point(1e-3, 0))) > 5
+print(*({"torch._dynamo", "torchvision", "ray", "mlflow", "sklearn"} & set(sys.modules)))
+"""
+
+
+@pytest.mark.slow
+def test_a_trajectory_imports_nothing_that_it_can_do_without(tmp_path):
+    """Each of these would cost every new worker seconds."""
+    command = [sys.executable, "-c", ALONE, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
 
 
 def test_the_grid_has_a_trajectory_for_each_penalty_and_seed():
