@@ -112,14 +112,16 @@ def accuracy_against_macs(
         titles = {ticket["ticket"]: _title(ticket) for ticket in tickets}
         panels[1].set_title("Winners, after full retraining", loc="left")
         panels[1].set_ylabel("test accuracy")
-        for run, event in retrained.items():
+        by_macs = sorted(retrained.items(), key=lambda item: item[1]["macs"])
+        for place, (run, event) in enumerate(by_macs):
             color, marker = (ORANGE, "D") if run == "dense" else (GREEN, "o")
             accuracy = event["test_accuracy"]
             panels[1].plot(event["macs"], accuracy, color=color, marker=marker, linestyle="none")
             if run == "dense":
                 panels[1].axhline(accuracy, color=ORANGE, linestyle=":", linewidth=1)
             else:
-                _name(panels[1], event["macs"], accuracy, titles[run], dense["macs"])
+                # Neighbours of the same accuracy: one label above, one below.
+                _name(panels[1], event["macs"], accuracy, titles[run], dense["macs"], place % 2)
     for axes in panels:
         axes.axvline(dense["macs"], color=ORANGE, linestyle="--", linewidth=1)
         bottom = axes.get_xaxis_transform()
@@ -145,8 +147,9 @@ def _title(ticket: Mapping[str, Any]) -> str:
     return f"ratio {ticket['prune_ratio']:g}, penalty {ticket['penalty']:g}"
 
 
-def _name(axes: Axes, x: float, y: float, text: str, widest: float) -> None:
+def _name(axes: Axes, x: float, y: float, text: str, widest: float, above: int = 0) -> None:
     """Label a point on the side where there is room, and off a line that rises to the right."""
     right = x > 0.6 * widest
-    side = {"ha": "right", "xytext": (-6, 4)} if right else {"ha": "left", "xytext": (6, -9)}
+    up = 4 if right or above else -9
+    side = {"ha": "right", "xytext": (-6, up)} if right else {"ha": "left", "xytext": (6, up)}
     axes.annotate(text, (x, y), textcoords="offset points", fontsize=8, **side)

@@ -11,7 +11,7 @@ def space() -> SearchSpace:
         penalties=(1e-4, 3e-4, 1e-3),
         prune_ratios=(0.3, 0.4, 0.5, 0.6),
         training=Training(epochs=20, batch_size=32, learning_rate=0.05, weight_decay=5e-4),
-        proof=Proof(budget=0.25, batch_size=32),
+        proof=Proof(budget=0.5, batch_size=32),
         # One worker: in steps of a few milliseconds, several would mostly wait for each other.
         retraining=Retraining(
             epochs=30, batch_size=32, learning_rate=0.05, weight_decay=5e-4, num_workers=1
