@@ -57,7 +57,9 @@ def main() -> None:
         dense = report["dense"]
         for row in [dense, *report["winners"]]:
             name = "dense" if row is dense else "ticket"
-            ratio, draw = row["prune_ratio"] or "", row["draw_epoch"] or ""
+            ratio, draw = (
+                f"{row[key]:g}" if row[key] else "" for key in ("prune_ratio", "draw_epoch")
+            )
             macs, params = row["macs"] / dense["macs"], row["params"] / dense["params"]
             print(
                 f"| {seed} | {name} | {ratio} | {draw} | {row['test_accuracy']:.2%} | {macs:.0%}"
