@@ -275,6 +275,9 @@ def main() -> None:
         print(line, flush=True)
     if parsed.check:
         return
+    if parsed.device == "cuda" and not torch.cuda.is_available():
+        print(row("everything else on a GPU", "", "not measured", 0, "there is none here"))
+        return
     torch.backends.cudnn.benchmark = parsed.autotune
     if parsed.device == "cpu":
         torch.set_num_threads(1)
