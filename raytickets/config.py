@@ -9,11 +9,24 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-Rule = Literal["corrected", "paper"]
+Rule = Literal["corrected", "paper", "epi"]
 Precision = Literal["auto", "float32", "bfloat16"]
 Loading = Literal["auto", "memory", "stream"]
 Schedule = Literal["constant", "cosine", "multistep"]
 Weights = Literal["inherit", "reinit"]
+Method = Literal[
+    "dense",
+    "early_bird",
+    "early_bird_reinit",
+    "progressive",
+    "iterative",
+    "lottery_ticket",
+    "snip",
+    "random",
+    "low_precision",
+]
+Objective = Literal["hypervolume", "pareto"]
+Sampler = Literal["tpe", "random"]
 
 
 class InputError(ValueError):
@@ -73,6 +86,18 @@ def _not_negative(name: str, value: object):
 def _kind(name: str, value: object, kind: type):
     if not isinstance(value, kind):
         raise InputError(name, value, f"must be a {kind.__name__}")
+
+
+def _names(part: Any) -> set[str]:
+    return {field.name for field in dataclasses.fields(part)}
+
+
+def _optuna(values: Mapping[str, Any]) -> "Optuna":
+    ranges = {
+        name: Range(**given) if isinstance(given, Mapping) else tuple(given)
+        for name, given in values["ranges"].items()
+    }
+    return Optuna(**{**values, "ranges": ranges})
 
 
 def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -272,12 +297,100 @@ class Halving:
         _whole("halving.reduction", self.reduction, 2)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What `raytickets compare` sets side by side (see `raytickets.methods`)."""
+
+    methods: tuple[Method, ...] = get_args(Method)
+    penalty: float | None = None
+    """Of every method that trains under one; None is the middle one of the space."""
+    prune_ratios: tuple[float, ...] | None = None
+    """None are those of the space."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    rounds: int = 3
+    """How often `iterative` prunes."""
+    rewind: int = 0
+    """Epochs of training after which `lottery_ticket` finds its weights; 0 is before any."""
+
+    def __post_init__(self):
+        _sequence("comparison.methods", self.methods, _method)
+        for needed, by in (("dense", "every comparison"), ("early_bird", "random")):
+            if needed not in self.methods and (by in self.methods or needed == "dense"):
+                raise InputError("comparison.methods", self.methods, f"{by} needs {needed}")
+        if self.penalty is not None:
+            _not_negative("comparison.penalty", self.penalty)
+        if self.prune_ratios is not None:
+            _sequence("comparison.prune_ratios", self.prune_ratios, _share)
+        _sequence("comparison.seeds", self.seeds, _seed)
+        _whole("comparison.rounds", self.rounds, 2)
+        _whole("comparison.rewind", self.rewind, 0)
+
+
+def _method(name: str, value: object):
+    _choice(name, value, get_args(Method))
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers that Optuna may propose, both ends included; whole ones if both ends are."""
+
+    low: float
+    high: float
+    log: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optuna:
+    """Trajectories that Optuna proposes, in place of the grid of penalties.
+
+    `ranges` maps a field of the space to a `Range` or a tuple of choices: `penalty`,
+    `training.learning_rate`, `training.epochs`, `network.options.width`, `stop_rule.window`, ...
+    (any number in `training`, `stop_rule` and `network.options`).
+    """
+
+    trajectories: int
+    ranges: Mapping[str, Range | tuple]
+    objective: Objective = "hypervolume"
+    """`hypervolume`: what the trajectory's tickets dominate in proof accuracy against MACs;
+    `pareto`: accuracy and MACs of its best ticket as two objectives."""
+    sampler: Sampler = "tpe"
+    startup: int = 10
+    """Trajectories that are drawn at random before TPE begins."""
+    storage: str | None = None
+    """The database of the study, as an SQLAlchemy URL; None is a file in the sweep's folder."""
+    seed: int = 0
+
+    def __post_init__(self):
+        _whole("optuna.trajectories", self.trajectories, 1)
+        _kind("optuna.ranges", self.ranges, Mapping)
+        if not self.ranges:
+            raise InputError("optuna.ranges", self.ranges, "must name at least one field")
+        for field_name, values in self.ranges.items():
+            name = f"optuna.ranges[{field_name!r}]"
+            if isinstance(values, Range):
+                allowed = "must have finite numbers with low < high, above 0 if log"
+                _number(name, values.low, above=0 if values.log else -math.inf, allowed=allowed)
+                _number(name, values.high, above=values.low, allowed=allowed)
+            elif not isinstance(values, tuple) or not values:
+                raise InputError(name, values, "must be a Range or a tuple of choices")
+        _choice("optuna.objective", self.objective, get_args(Objective))
+        _choice("optuna.sampler", self.sampler, get_args(Sampler))
+        _whole("optuna.startup", self.startup, 1)
+        if self.storage is not None and not re.match(r"\w+(\+\w+)?://", self.storage):
+            allowed = "must be a database's URL, as postgresql://user@host/name"
+            raise InputError("optuna.storage", self.storage, allowed)
+        _seed("optuna.seed", self.seed)
+
+
 @dataclass(frozen=True)
 class Resources:
     """What one trajectory takes; CPUs are also its torch threads."""
 
     cpus_per_trial: int = 1
     gpus_per_trial: float = 0.0
+    watts: float | None = None
+    """Power that the hardware of one trial draws, from its data sheet or a meter: what energy is
+    estimated with where no counter can be read."""
 
     def __post_init__(self):
         _whole("resources.cpus_per_trial", self.cpus_per_trial, 1)
@@ -285,6 +398,8 @@ class Resources:
         if self.gpus_per_trial > 1 and self.gpus_per_trial % 1:
             allowed = "must be a whole number above 1, as Ray only shares single GPUs"
             raise InputError("resources.gpus_per_trial", self.gpus_per_trial, allowed)
+        if self.watts is not None:
+            _positive("resources.watts", self.watts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -321,6 +436,9 @@ class SearchSpace:
     """Keep images and weights in memory with the channels innermost."""
     halving: Halving | None = None
     """Ends trajectories early that fall behind the others; None lets all of them draw."""
+    optuna: Optuna | None = None
+    """Trajectories that Optuna proposes; None trains the grid of penalties."""
+    comparison: Comparison = field(default_factory=Comparison)
     seeds: tuple[int, ...] = (0,)
     winners: int = 3
     """How many tickets of the Pareto set are retrained at most."""
@@ -337,6 +455,7 @@ class SearchSpace:
             ("retraining", Retraining),
             ("stop_rule", StopRule),
             ("resources", Resources),
+            ("comparison", Comparison),
         ):
             _kind(name, getattr(self, name), kind)
         _sequence("penalties", self.penalties, _not_negative)
@@ -349,6 +468,11 @@ class SearchSpace:
         _kind("channels_last", self.channels_last, bool)
         if self.halving is not None:
             _kind("halving", self.halving, Halving)
+        if self.optuna is not None:
+            _kind("optuna", self.optuna, Optuna)
+            if "penalty" not in self.optuna.ranges and len(self.penalties) > 1:
+                allowed = "must be one value, or a range of optuna.ranges"
+                raise InputError("penalties", self.penalties, allowed)
         self.training.validate("training")
         self.retraining.validate("retraining")
         window, checks = self.stop_rule.window, self.stop_rule.checks_per_epoch
@@ -364,6 +488,29 @@ class SearchSpace:
         """The same space with other values for these fields of `retraining`."""
         return dataclasses.replace(self, retraining=dataclasses.replace(self.retraining, **changes))
 
+    def with_changes(self, changes: Mapping[str, Any]) -> "SearchSpace":
+        """The same space with other values for fields named as in `Optuna.ranges`.
+
+        `penalty` stands for `penalties`. Raises InputError on a field that is not one of these and
+        on a value that cannot be used.
+        """
+        parts: dict[str, Any] = {}
+        for name, value in changes.items():
+            first, _, rest = name.partition(".")
+            if name == "penalty":
+                parts["penalties"] = (value,)
+            elif first == "network" and rest.startswith("options."):
+                network = parts.get("network", self.network)
+                options = dict(network.options) | {rest.removeprefix("options."): value}
+                parts["network"] = dataclasses.replace(network, options=options)
+            elif first in ("training", "stop_rule") and rest in _names(getattr(self, first)):
+                part = parts.get(first, getattr(self, first))
+                parts[first] = dataclasses.replace(part, **{rest: value})
+            else:
+                allowed = "must be penalty, training.*, stop_rule.* or network.options.*"
+                raise InputError("optuna.ranges", name, allowed)
+        return dataclasses.replace(self, **parts)
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "SearchSpace":
         """The space that `as_dict` described; InputError if it does not describe one."""
@@ -375,11 +522,15 @@ class SearchSpace:
             "retraining": Retraining,
             "stop_rule": StopRule,
             "resources": Resources,
+            "comparison": Comparison,
         }
         if values.get("halving") is not None:
             parts["halving"] = Halving
         try:
+            built: dict[str, Any]
             built = {name: part(**_tuples(values[name])) for name, part in parts.items()}
+            if values.get("optuna") is not None:
+                built["optuna"] = _optuna(values["optuna"])
             return cls(**_tuples(values) | built)
         except (AttributeError, KeyError, TypeError) as error:
             allowed = f"does not describe a search space ({error})"

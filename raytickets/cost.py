@@ -1,5 +1,6 @@
 """What networks and training cost."""
 
+from dataclasses import dataclass
 from unittest import mock
 
 import torch
@@ -32,3 +33,32 @@ def params(network: nn.Module) -> int:
 def training_macs(forward_macs: int, samples: int) -> int:
     """MACs of training on `samples` images: the backward pass counts as two forward passes."""
     return 3 * forward_macs * samples
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """What a stage of work cost; ledgers of stages that follow each other add up."""
+
+    forward_macs: int
+    backward_macs: int
+    samples: int
+    """Images trained on, each as often as it was."""
+    seconds: float
+    joules: float | None
+    energy: str
+    """Where `joules` is from: `measured ...`, `estimated ...` with the coefficient and its source,
+    or `unavailable`, and then `joules` is None."""
+
+    def __add__(self, other: "Ledger") -> "Ledger":
+        joules = None
+        if self.joules is not None and other.joules is not None:
+            joules = self.joules + other.joules
+        sources = " + ".join(dict.fromkeys([self.energy, other.energy]))
+        return Ledger(
+            self.forward_macs + other.forward_macs,
+            self.backward_macs + other.backward_macs,
+            self.samples + other.samples,
+            self.seconds + other.seconds,
+            joules,
+            "unavailable" if joules is None else sources,
+        )

@@ -1,12 +1,14 @@
 """One trajectory: dense training under a penalty that draws a ticket for every prune ratio."""
 
 import copy
+import dataclasses
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import count, islice, pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,14 +28,19 @@ from raytickets.train import SGD, Numerics, accuracy, cosine, learning_rate, num
 
 @dataclass(frozen=True)
 class Point:
-    """Where in the sweep's grid a trajectory stands."""
+    """What a trajectory differs in from the others of its sweep."""
 
     penalty: float
     seed: int
+    number: int | None = None
+    """Of Optuna's trial; None for a point of the grid."""
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    """Other values for fields of the space, as `SearchSpace.with_changes` takes them."""
 
     @property
     def id(self) -> str:
-        return f"penalty{self.penalty:g}-seed{self.seed}"
+        place = f"penalty{self.penalty:g}" if self.number is None else f"trial{self.number}"
+        return f"{place}-seed{self.seed}"
 
 
 def grid(space: SearchSpace) -> list[Point]:
@@ -51,6 +58,9 @@ class Setting:
     groups: tuple[ChannelGroup, ...]
     numerics: Numerics
     dense_macs: int
+    proof_macs: int
+    """Training MACs of one epoch of the space's own network: what proofs count their budget in,
+    whatever network a point trains."""
 
     @property
     def dataset(self) -> DataSet:
@@ -67,14 +77,28 @@ def prepare(
 ) -> Setting:
     """Do once what each trajectory of the sweep in this folder would do again."""
     network, example = _dense_network(space, dataset, 0), dataset.shape.example()
+    dense_macs = cost.macs(network, example)
     return Setting(
         space=space,
         sweep=sweep,
         batches=Batches(dataset, space.data, device),
         groups=channel_groups(network, example),
         numerics=numerics(space.precision, space.channels_last, network, device),
-        dense_macs=cost.macs(network, example),
+        dense_macs=dense_macs,
+        proof_macs=cost.training_macs(dense_macs, len(dataset.train)),
     )
+
+
+def at_point(setting: Setting, point: Point) -> Setting:
+    """The setting with what the point changes."""
+    if not point.changes:
+        return setting
+    space = setting.space.with_changes(point.changes)
+    if space.network == setting.space.network:
+        return dataclasses.replace(setting, space=space)
+    network, example = _dense_network(space, setting.dataset, 0), setting.dataset.shape.example()
+    groups, macs = channel_groups(network, example), cost.macs(network, example)
+    return dataclasses.replace(setting, space=space, groups=groups, dense_macs=macs)
 
 
 def _dense_network(space: SearchSpace, dataset: DataSet, seed: int) -> nn.Module:
@@ -91,6 +115,7 @@ def run_trajectory(setting: Setting, point: Point) -> Iterator[list[Event]]:
     the tickets drawn at it, which are then on disk under `tickets` in the sweep's folder, and in
     the last list how the trajectory ended.
     """
+    setting = at_point(setting, point)
     space, started = setting.space, time.monotonic()
     network = setting.numerics.place(_dense_network(space, setting.dataset, point.seed))
     score = scorer(network, setting.groups)
@@ -280,8 +305,7 @@ def _fine_tune(
 ) -> tuple[float, int]:
     """Fine-tune a shrunk network in place: its validation accuracy, and the training MACs spent."""
     recipe, batches = setting.space.proof, setting.batches
-    epoch = cost.training_macs(setting.dense_macs, len(setting.dataset.train))
-    budget = recipe.budget * 2 ** (rung - 1) * epoch
+    budget = recipe.budget * 2 ** (rung - 1) * setting.proof_macs
     steps = max(1, int(budget / cost.training_macs(macs, recipe.batch_size)))
     orders = (seeded("proof", seed, epoch) for epoch in count())
     endless = (batch for order in orders for batch in batches.training(recipe.batch_size, order))

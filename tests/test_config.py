@@ -9,11 +9,14 @@ import pytest
 from hypothesis import given
 
 from raytickets.config import (
+    Comparison,
     Data,
     Halving,
     InputError,
     Network,
+    Optuna,
     Proof,
+    Range,
     Resources,
     Retraining,
     SearchSpace,
@@ -198,6 +201,8 @@ CHANGES: dict[str, Any] = {
     "precision": "float32",
     "channels_last": False,
     "halving": Halving(),
+    "optuna": Optuna(trajectories=9, ranges={"penalty": Range(1e-5, 1e-2, log=True)}),
+    "comparison": Comparison(seeds=(0, 1)),
     "seeds": (1,),
     "winners": 1,
     "resources": Resources(cpus_per_trial=2),
