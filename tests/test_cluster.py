@@ -1,0 +1,680 @@
+"""The files of cluster/ are valid, hold no secret, and a sweep runs on a cluster they start."""
+
+import contextlib
+import copy
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import jsonschema
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+CLUSTER = ROOT / "cluster"
+DATA = Path(__file__).parent / "cluster"
+TOOLS = Path(sys.executable).parent
+
+PROVIDERS = ("cluster.yaml", "gcp.yaml", "onprem.yaml")
+MANIFESTS = ("rayjob.yaml", "raycronjob.yaml", "cronjob.yaml")
+KUBERNETES = "1.33"
+
+
+def load(name):
+    return yaml.safe_load((CLUSTER / name).read_text())
+
+
+def manifests(name):
+    return list(yaml.safe_load_all((CLUSTER / "kuberay" / name).read_text()))
+
+
+def manifest(name, kind):
+    return next(each for each in manifests(name) if each["kind"] == kind)
+
+
+# Ray's cluster files
+
+
+def check_provider(config):
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    prepared = prepare_config(copy.deepcopy(config))
+    validate_config(prepared)
+    return prepared
+
+
+@pytest.mark.parametrize("name", PROVIDERS)
+def test_ray_takes_the_cluster_files(name):
+    check_provider(load(name))
+
+
+def test_ray_rejects_a_broken_cluster_file():
+    with pytest.raises(jsonschema.ValidationError, match="max_worker"):
+        check_provider(load("cluster.yaml") | {"max_worker": 3})
+    with pytest.raises(ValueError, match="head_node_type"):
+        check_provider(load("cluster.yaml") | {"head_node_type": "main"})
+
+
+def test_the_cluster_files_differ_in_their_providers_alone():
+    own = {"provider", "auth", "head_node_type", "available_node_types", "head_setup_commands"}
+    aws, gcp, onprem = (
+        {key: value for key, value in load(name).items() if key not in own} for name in PROVIDERS
+    )
+    assert aws == gcp
+    start = onprem["head_start_ray_commands"]
+    start[-1] = start[-1].replace(" export RAY_enable_autoscaler_v2=0;", "")
+    assert aws == onprem
+
+
+@pytest.mark.parametrize("name", ["cluster.yaml", "gcp.yaml"])
+def test_workers_are_spot_machines_that_come_from_zero(name):
+    types = check_provider(load(name))["available_node_types"]
+    assert types.pop("head")["resources"] == {"CPU": 0}
+    assert types
+    for node in types.values():
+        assert node["min_workers"] == 0 < node["max_workers"]
+        config = node["node_config"]
+        spot = (
+            config.get("InstanceMarketOptions", {}).get("MarketType"),
+            config.get("scheduling", {}).get("provisioningModel"),
+        )
+        assert spot in (("spot", None), (None, "SPOT"))
+
+
+@pytest.mark.parametrize("name", PROVIDERS)
+def test_what_nodes_get_is_there_and_does_not_hide_the_package(name):
+    for remote, local in load(name)["file_mounts"].items():
+        assert remote != "~/raytickets"
+        if not local.startswith("~"):
+            assert (CLUSTER / local / "pyproject.toml").exists()
+    assert "RAY_AUTH_MODE=token\n" in (CLUSTER / "cluster.env").read_text()
+
+
+@pytest.mark.parametrize("name", ["setup.sh", "mlflow.sh"])
+def test_the_shell_takes_the_scripts(name):
+    subprocess.run(["bash", "-n", CLUSTER / name], check=True)
+
+
+# search.py
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """cluster/search.py as a module."""
+    monkeypatch.syspath_prepend(CLUSTER)
+    monkeypatch.delitem(sys.modules, "search", raising=False)
+    import search
+
+    yield search
+    del sys.modules["search"]
+
+
+def test_ray_submit_as_typed_runs_the_script_with_plain_arguments(monkeypatch):
+    from click.testing import CliRunner
+    from ray.scripts import scripts
+
+    monkeypatch.chdir(CLUSTER)
+    ran = []
+    monkeypatch.setattr(scripts, "rsync", lambda *_, **__: None)
+    monkeypatch.setattr(scripts, "exec_cluster", lambda file, cmd, **_: ran.append((file, cmd)))
+    typed = "submit cluster.yaml search.py -- cifar10_vgg16 --name nightly --smoke"
+    done = CliRunner().invoke(scripts.cli, typed.split(), catch_exceptions=False)
+    assert done.exit_code == 0
+    assert ran == [("cluster.yaml", "python ~/search.py cifar10_vgg16 --name nightly --smoke")]
+
+
+def test_the_script_reads_the_space_as_the_command_line_does(script):
+    words = ["--name", "nightly", "cifar10_vgg16", "--smoke", "--storage", "/mnt/x"]
+    assert script.asked_for(words).name == "cifar10_vgg16-smoke"
+    assert script.asked_for([]).name == "digits"
+
+
+def test_bad_input_is_told_before_ray_is_asked(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["search.py", "digitz"])
+    monkeypatch.setattr(script, "prepare", lambda space: pytest.fail(f"asked for {space}"))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert script.main() == 2
+    assert "did you mean digits?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("typed", "storage"),
+    [
+        (["digits"], ["--storage", "/mnt/shared"]),
+        (["digits", "--storage", "here"], ["--storage", "here"]),
+        (["digits", "--storage=here"], ["--storage=here"]),
+    ],
+)
+def test_sweeps_go_to_the_clusters_storage_unless_told_otherwise(
+    script, monkeypatch, typed, storage
+):
+    monkeypatch.setenv("RAYTICKETS_STORAGE", "/mnt/shared")
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    monkeypatch.setattr(sys, "argv", ["search.py", *typed])
+    monkeypatch.setattr(script, "prepare", lambda space: None)  # noqa: ARG005
+    called = []
+
+    def main():
+        called.extend(sys.argv)
+        raise SystemExit(0)
+
+    monkeypatch.setattr(script.cli, "main", main)
+    with pytest.raises(SystemExit):
+        script.main()
+    assert called == ["raytickets", "search", "digits", *storage]
+
+
+@pytest.fixture
+def growing(script, monkeypatch):
+    """`growing([], [4], [4, 4])`: machines with so many CPUs, one list for each look at them."""
+
+    def grow(*looks):
+        clock, requests, looks = [0.0], [], list(looks)
+
+        def nodes():
+            cpus = looks.pop(0) if len(looks) > 1 else looks[0]
+            return [{"Alive": True, "Resources": {"CPU": cpu} if cpu else {}} for cpu in cpus]
+
+        def sleep(seconds):
+            clock[0] += seconds
+
+        ray = SimpleNamespace(init=lambda **_: None, nodes=nodes)
+        sdk = SimpleNamespace(request_resources=lambda bundles: requests.append(bundles))
+        monkeypatch.setitem(sys.modules, "raytickets.driver", SimpleNamespace(ray=ray))
+        monkeypatch.setitem(sys.modules, "ray.autoscaler.sdk", sdk)
+        monkeypatch.setattr(
+            script, "time", SimpleNamespace(monotonic=lambda: clock[0], sleep=sleep)
+        )
+        return clock, requests
+
+    return grow
+
+
+def test_room_for_every_trajectory_is_asked_for_and_no_more(script, growing):
+    _, requests = growing([0], [0], [0, 2], [0, 2, 2])
+    script.prepare(script.asked_for(["digits"]))
+    assert requests == [[{"CPU": 1}] * 3, []]
+
+
+def test_nothing_is_asked_for_where_there_is_room(script, growing):
+    clock, requests = growing([0, 4])
+    script.prepare(script.asked_for(["digits"]))
+    assert (clock, requests) == ([0.0], [])
+
+
+def test_the_sweep_starts_on_what_there_is_when_no_more_machines_come(script, growing):
+    clock, requests = growing([0], [0, 2])
+    script.prepare(script.asked_for(["digits"]))
+    assert clock[0] == pytest.approx(script.PATIENCE_S, abs=3)
+    assert requests[-1] == []
+
+
+def test_a_cluster_that_never_gets_a_machine_is_given_up(script, growing):
+    clock, requests = growing([0])
+    with pytest.raises(TimeoutError, match="no machine"):
+        script.prepare(script.asked_for(["digits"]))
+    assert clock[0] == pytest.approx(script.DEADLINE_S, abs=3)
+    assert requests[-1] == []
+
+
+# Kubernetes
+
+
+def check_kuberay(resource):
+    """KubeRay's own fields by the kept schema, pod templates by that of Kubernetes."""
+    jsonschema.validate(resource, yaml.safe_load((DATA / "kuberay.yaml").read_text()))
+    groups = cluster_of(resource)
+    for group in (groups["headGroupSpec"], *groups["workerGroupSpecs"]):
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}}
+        check_kubernetes(pod | {"spec": group["template"]["spec"]})
+
+
+def check_kubernetes(resource):
+    import kubernetes_validate
+
+    kubernetes_validate.validate(resource, KUBERNETES, strict=True)
+
+
+def cluster_of(resource):
+    spec = resource["spec"]
+    return spec.get("jobTemplate", spec).get("rayClusterSpec", spec)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [*zip(MANIFESTS, ("RayJob", "RayCronJob", "RayCluster"), strict=True)]
+)
+def test_kuberay_takes_the_manifests(name, kind):
+    check_kuberay(manifest(name, kind))
+
+
+def test_the_kuberay_schema_rejects_broken_manifests():
+    job = manifest("rayjob.yaml", "RayJob")
+    for path, value in (
+        (("spec", "entryPoint"), "python search.py"),
+        (("spec", "backoffLimit"), "2"),
+        (("spec", "rayClusterSpec", "authOptions", "mode"), "password"),
+        (("spec", "rayClusterSpec", "workerGroupSpecs", 0, "maxReplicas"), None),
+        (("spec", "rayClusterSpec", "headGroupSpec", "template", "spec", "volume"), []),
+    ):
+        broken = copy.deepcopy(job)
+        place = broken
+        for key in path[:-1]:
+            place = place[key]
+        place[path[-1]] = value
+        with pytest.raises(jsonschema.ValidationError):
+            check_kuberay(broken)
+
+
+def test_kubernetes_takes_the_cron_job():
+    check_kubernetes(manifest("cronjob.yaml", "CronJob"))
+
+
+def test_kubernetes_rejects_a_broken_cron_job():
+    job = manifest("cronjob.yaml", "CronJob")
+    job["spec"]["concurrencyPolicy"] = 1
+    with pytest.raises(jsonschema.ValidationError):
+        check_kubernetes(job)
+    job["spec"] |= {"concurrencyPolicy": "Forbid", "concurencyPolicy": "Forbid"}
+    with pytest.raises(jsonschema.ValidationError):
+        check_kubernetes(job)
+
+
+def test_all_manifests_start_the_same_cluster():
+    job, scheduled, standing = (
+        cluster_of(manifest(name, kind))
+        for name, kind in zip(MANIFESTS, ("RayJob", "RayCronJob", "RayCluster"), strict=True)
+    )
+    assert job == scheduled == standing
+    assert job["authOptions"]["mode"] == "token"
+    assert all(group["minReplicas"] == 0 for group in job["workerGroupSpecs"])
+
+
+def test_scheduled_sweeps_do_not_overlap():
+    assert manifest("cronjob.yaml", "CronJob")["spec"]["concurrencyPolicy"] == "Forbid"
+    night = manifest("raycronjob.yaml", "RayCronJob")["spec"]
+    assert re.fullmatch(r"\d+ \d+ \* \* \*", night["schedule"])
+    assert night["jobTemplate"]["activeDeadlineSeconds"] < 24 * 3600
+    assert night["jobTemplate"]["backoffLimit"] == 0
+    (line,) = [e for e in (CLUSTER / "crontab").read_text().splitlines() if not e.startswith("#")]
+    assert "flock --nonblock" in line
+    assert not re.search(r"(?<!\\)%", line)  # which cron would take for a line's end
+
+
+def test_manifests_and_their_image_name_the_ray_that_is_tested():
+    import ray
+
+    assert cluster_of(manifest("rayjob.yaml", "RayJob"))["rayVersion"] == ray.__version__
+
+
+# MLflow and systemd
+
+
+def check_compose(path):
+    tool = [TOOLS / "check-jsonschema", "--builtin-schema", "vendor.compose-spec", path]
+    return subprocess.run(tool, capture_output=True, text=True)
+
+
+def test_compose_takes_the_mlflow_server():
+    done = check_compose(CLUSTER / "mlflow.compose.yaml")
+    assert done.returncode == 0, done.stdout
+
+
+def test_compose_rejects_a_broken_file(tmp_path):
+    compose = load("mlflow.compose.yaml")
+    compose["services"]["mlflow"]["port"] = compose["services"]["mlflow"].pop("ports")
+    broken = tmp_path / "compose.yaml"
+    broken.write_text(yaml.safe_dump(compose))
+    assert check_compose(broken).returncode == 1
+
+
+def test_the_mlflow_server_asks_for_passwords_and_knows_its_names():
+    server = load("mlflow.compose.yaml")["services"]["mlflow"]
+    assert "--app-name basic-auth" in server["command"]
+    assert server["environment"]["MLFLOW_SERVER_ALLOWED_HOSTS"]
+
+
+needs_systemd = pytest.mark.skipif(
+    shutil.which("systemd-analyze") is None, reason="systemd is not installed"
+)
+
+
+def check_units(folder):
+    units = [folder / "raytickets.service", folder / "raytickets.timer"]
+    command = ["systemd-analyze", "verify", "--user", "--man=no", *units]
+    environment = os.environ | {"XDG_RUNTIME_DIR": str(folder)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+@needs_systemd
+def test_systemd_takes_the_units(tmp_path):
+    for unit in ("raytickets.service", "raytickets.timer"):
+        shutil.copy(CLUSTER / unit, tmp_path)
+    done = check_units(tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@needs_systemd
+def test_systemd_rejects_a_broken_unit(tmp_path):
+    for name, right, wrong in (
+        ("raytickets.service", "Type=oneshot", "Type=oneshott"),
+        ("raytickets.timer", "OnCalendar=*-*-* 02:00:00", "OnCalendar=*-*-* 25:00:00"),
+    ):
+        for unit in ("raytickets.service", "raytickets.timer"):
+            shutil.copy(CLUSTER / unit, tmp_path)
+        text = (CLUSTER / name).read_text()
+        assert right in text
+        (tmp_path / name).write_text(text.replace(right, wrong))
+        done = check_units(tmp_path)
+        assert "raytickets" in done.stdout + done.stderr
+
+
+# Secrets and listeners
+
+
+def files():
+    return [path for path in CLUSTER.rglob("*") if path.is_file() and path.suffix != ".pyc"]
+
+
+NAMED = (
+    r"(?i)(password|secret_?key|access_?key|token)[\"']?\s*[:=]\s*[\"']?(?![~{]|\$\()[^\s\"']{4,}"
+)
+DEFAULT = r"(?i)\$\{\w*(password|key|token)\w*:?-"
+SHAPED = r"AKIA[0-9A-Z]{16}|BEGIN [A-Z ]*PRIVATE KEY|\b[0-9a-f]{32,}\b|://[^/\s:]+:[^@\s]+@"
+
+
+def secret(line):
+    """What in a line could be a secret; `${NAME:?}` and the name of Ray's mode are none."""
+    line = re.sub(r"\$\{\w+:\?\}", "", line)
+    line = re.sub(r"(RAY_AUTH_MODE=|mode: |value: )token", "", line)
+    return re.search(f"{NAMED}|{DEFAULT}|{SHAPED}".replace("(?i)", ""), line, re.IGNORECASE)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "POSTGRES_PASSWORD: mlflow123",
+        "S3_SECRET_KEY=s3admin",
+        "RUSTFS_SECRET_KEY: ${S3_SECRET_KEY:-}",
+        "RAY_AUTH_TOKEN: " + "0123456789abcdef" * 4,
+        "uri: postgresql://mlflow:mlflow@postgres/mlflow",
+        "-----BEGIN OPENSSH PRIVATE KEY-----",
+    ],
+)
+def test_what_a_secret_looks_like(line):
+    assert secret(line)
+
+
+@pytest.mark.parametrize("path", files(), ids=lambda path: path.name)
+def test_no_file_holds_a_secret_or_a_default_for_one(path):
+    assert not [line for line in path.read_text().splitlines() if secret(line)]
+
+
+def test_listeners_are_on_loopback():
+    for path in files():
+        lines = path.read_text().splitlines()
+        # The container's own network, of which nothing is published but `ports`.
+        inside = "mlflow server --app-name basic-auth --host 0.0.0.0 --port 5000"
+        assert not [each for each in lines if "0.0.0.0" in each and inside not in each], path
+    for name in PROVIDERS:
+        assert "--dashboard-host=127.0.0.1" in load(name)["head_start_ray_commands"][-1]
+    published = {
+        port
+        for service in load("mlflow.compose.yaml")["services"].values()
+        for port in service.get("ports", [])
+    }
+    assert published == {"${MLFLOW_BIND:-127.0.0.1}:5000:5000"}
+
+
+# For real
+
+SPACE = """
+from raytickets.config import *
+
+def space():
+    return SearchSpace(
+        name="tiny",
+        network=Network("cifar_vgg", {"depth": 9, "width": 0.125}),
+        data=Data("digits", validation=0.1, test=0.25, limit=200),
+        penalties=(1e-4, 1e-3),
+        prune_ratios=(0.3,),
+        training=Training(epochs=4, batch_size=32, learning_rate=0.05),
+        stop_rule=StopRule(window=2, threshold=0.99),
+        proof=Proof(budget=0.5, batch_size=32),
+        retraining=Retraining(epochs=1, batch_size=32, learning_rate=0.05),
+        winners=1,
+    )
+"""
+TOKEN = "a-token-for-this-test-alone"
+
+
+def free_ports(count):
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+def wait_for(port, process):
+    for _ in range(120):
+        assert process.poll() is None
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            return
+        time.sleep(1)
+    raise TimeoutError(f"nothing listens on port {port}")
+
+
+@pytest.fixture
+def token_cluster(tmp_path):
+    """The environment to reach a Ray cluster on loopback with, one that wants a token."""
+    (tmp_path / "token").write_text(TOKEN)
+    gcs, client, dashboard = free_ports(3)
+    environment = os.environ | {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token"),
+        "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
+        "RAYTICKETS_STORAGE": str(tmp_path / "sweeps"),
+        "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db",
+        "OMP_NUM_THREADS": "1",
+        "PATH": f"{TOOLS}:{os.environ['PATH']}",
+    }
+    # As short as it goes: sockets have names of at most 107 characters.
+    folder = Path("/tmp") / f"rt{os.getpid()}"
+    head = subprocess.Popen(
+        [
+            *(TOOLS / "ray", "start", "--head", "--block", "--num-cpus=2", "--disable-usage-stats"),
+            *("--node-ip-address=127.0.0.1", f"--port={gcs}", f"--ray-client-server-port={client}"),
+            *(
+                "--dashboard-host=127.0.0.1",
+                f"--dashboard-port={dashboard}",
+                f"--temp-dir={folder}",
+            ),
+        ],
+        env=environment,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.STDOUT,
+    )
+    try:
+        wait_for(dashboard, head)
+        yield environment
+    finally:
+        head.terminate()
+        head.wait(60)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def submit_job(environment, *words):
+    command = [TOOLS / "ray", "job", "submit", "--", sys.executable, CLUSTER / "search.py", *words]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_job_runs_with_the_token_and_is_refused_without(token_cluster, tmp_path):
+    (tmp_path / "tiny.py").write_text(SPACE)
+    words = (str(tmp_path / "tiny.py"), "--name", "nightly")
+    code, said = submit_job(token_cluster | {"RAY_AUTH_MODE": "disabled"}, *words)
+    assert code == 1
+    assert "Missing authentication token" in said
+
+    (tmp_path / "wrong").write_text("another-token")
+    other = token_cluster | {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "wrong")}
+    code, said = submit_job(other, *words)
+    assert code == 1
+    assert "Invalid authentication token" in said
+
+    code, said = submit_job(token_cluster, "digitz")
+    assert code == 1
+    assert "exit code 2" in said
+
+    code, said = submit_job(token_cluster, *words)
+    assert code == 0, said
+    assert len(list((tmp_path / "sweeps/nightly/tickets").iterdir())) == 2
+    logs = [said, (tmp_path / "sweeps/nightly/journal.jsonl").read_text()]
+    assert not any(TOKEN in text for text in logs)
+
+
+class Hosts:
+    """Two hosts in namespaces of this machine, joined by a cable, with one shared folder."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.addresses = {"one": "10.77.0.1", "two": "10.77.0.2"}
+        keygen = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / "key"]
+        subprocess.run(keygen, check=True)
+        (folder / "shared").mkdir()
+        self._processes = {name: self._start(name) for name in self.addresses}
+        self._inner = {name: self._first_process(name) for name in self.addresses}
+        one, two = (self._inner[name] for name in self.addresses)
+        run(*f"ip link add cable netns {one} type veth peer name cable netns {two}".split())
+        for name, address in self.addresses.items():
+            for words in (f"addr add {address}/24 dev cable", "link set cable up"):
+                self.inside(name, "ip", *words.split())
+            # Ray asks for the way to the world to learn its own address.
+            self.inside(name, "ip", "route", "add", "default", "dev", "cable")
+
+    def _start(self, name):
+        home = self.folder / name
+        ssh = home / ".ssh"
+        ssh.mkdir(parents=True, mode=0o700)
+        home.chmod(0o700)
+        shutil.copy(self.folder / "key.pub", ssh / "authorized_keys")
+        (ssh / "authorized_keys").chmod(0o600)
+        (home / ".bashrc").write_text(f"export PATH={TOOLS}:$PATH\n")
+        kept = [sys.base_prefix, sys.prefix, ROOT]
+        options = ["--net", "--pid", "--mount", "--uts", "--fork", "--kill-child", "--mount-proc"]
+        return subprocess.Popen(
+            ["unshare", *options, "bash", DATA / "host.sh", self.folder, name, *kept],
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def _first_process(self, name):
+        process = self._processes[name]
+        said = process.stderr.readline()
+        assert "Server listening" in said, said + process.stderr.read()
+        return Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0]
+
+    def inside(self, name, *command, timeout=30, check=True):
+        enter = ["nsenter", "-t", self._inner[name], "-n", "-p", "-m", "-u", f"--wd={self.folder}"]
+        return run(*enter, *command, timeout=timeout, check=check)
+
+    def end(self):
+        for process in self._processes.values():
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+
+
+def run(*command, timeout=30, check=True):
+    environment = os.environ | {"PATH": f"{TOOLS}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+    )
+    assert done.returncode == 0 or not check, done.stdout
+    return done
+
+
+def namespaces_work():
+    programs = ("unshare", "nsenter", "ip", "rsync", "ssh-keygen", "/usr/sbin/sshd")
+    if os.geteuid() != 0 or not all(shutil.which(program) for program in programs):
+        return False
+    return (
+        subprocess.run(["unshare", "--net", "--pid", "--mount", "--fork", "true"]).returncode == 0
+    )
+
+
+@pytest.fixture
+def hosts(tmp_path):
+    hosts = Hosts(tmp_path)
+    yield hosts
+    hosts.end()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(not namespaces_work(), reason="needs root, namespaces, sshd and rsync")
+def test_two_hosts_over_ssh_run_a_sweep_as_typed(hosts):
+    """onprem.yaml as it is, but for its addresses, the key, and setup.sh, which would download."""
+    config = load("onprem.yaml")
+    one, two = hosts.addresses.values()
+    config["provider"] |= {"head_ip": one, "worker_ips": [two]}
+    config["auth"] = {"ssh_user": "root", "ssh_private_key": str(hosts.folder / "key")}
+    (hosts.folder / "token").write_text(TOKEN)
+    config["file_mounts"] = {
+        "~/raytickets-checkout/cluster": str(CLUSTER),
+        "~/.ray/auth_token": str(hosts.folder / "token"),
+    }
+    config["setup_commands"] = [
+        "mkdir -p /mnt/raytickets/sweeps; "
+        f"echo 'export PATH={TOOLS}:$PATH; set -a; "
+        ". ~/raytickets-checkout/cluster/cluster.env; set +a' > ~/.bashrc"
+    ]
+    (hosts.folder / "onprem.yaml").write_text(yaml.safe_dump(config))
+    (hosts.folder / "shared/tiny.py").write_text(SPACE)
+
+    def ray(*words, check=True, timeout=300):
+        return hosts.inside("one", "ray", *words, timeout=timeout, check=check)
+
+    ray("up", "--yes", "onprem.yaml")
+    words = ["/mnt/raytickets/tiny.py", "--name", "nightly"]
+    said = ray("submit", "onprem.yaml", CLUSTER / "search.py", "--", *words).stdout
+    assert "nightly: done" in said
+    sweep = hosts.folder / "shared/sweeps/nightly"
+    assert len(list((sweep / "tickets").iterdir())) == 2
+
+    wrong = ray("submit", "onprem.yaml", CLUSTER / "search.py", "--", "digitz", check=False)
+    assert wrong.returncode == 1
+    assert "did you mean digits?" in wrong.stdout
+
+    # What ran where: the head node has no CPUs, so trajectories were on the other host.
+    found = ray("exec", "onprem.yaml", "ray list nodes --format yaml").stdout
+    assert {one, two} <= set(re.findall(r"node_ip: ([\d.]+)", found))
+    count = "sqlite3.connect('/root/mlflow.db').execute('select count(*) from runs').fetchone()"
+    runs = hosts.inside("one", sys.executable, "-c", f"import sqlite3; print({count}[0])").stdout
+    assert int(runs) == 1 + 2 + 1 + 2  # the sweep, its trajectories, the dense network, tickets
+
+    ray("down", "--yes", "onprem.yaml")
+    assert "raylet" not in hosts.inside("one", "ps", "-e").stdout
+    # `ray down` stops the head node; the others end once they have missed it for a minute.
+    for _ in range(40):
+        if "raylet" not in hosts.inside("two", "ps", "-e").stdout:
+            break
+        time.sleep(3)
+    else:
+        pytest.fail("the second host still runs Ray")
