@@ -9,17 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from raytickets.config import SearchSpace
-    from raytickets.driver import search
+    from raytickets.driver import compare, search
     from raytickets.spaces import load_space
     from raytickets.sweep import Sweep
     from raytickets.ticket import Ticket, load_ticket
 
-__all__ = ["SearchSpace", "Sweep", "Ticket", "load_space", "load_ticket", "search"]
+__all__ = ["SearchSpace", "Sweep", "Ticket", "compare", "load_space", "load_ticket", "search"]
 
 _HOME = {
     "SearchSpace": "config",
     "Sweep": "sweep",
     "Ticket": "ticket",
+    "compare": "driver",
     "load_space": "spaces",
     "load_ticket": "ticket",
     "search": "driver",

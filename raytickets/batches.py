@@ -28,6 +28,7 @@ class Batches:
         self.dataset = dataset
         self.device = torch.device(device)
         self.padding, self.flip = data.crop_padding, data.flip
+        self.random_resized_crop = data.random_resized_crop
         splits = {name: getattr(dataset, name) for name in ("train", "validation", "test")}
         self._labels = {name: _tensor(splits[name].labels).to(device) for name in splits}
         self._images = {
@@ -69,12 +70,15 @@ class Batches:
         order = torch.randperm(total, generator=generator)
         shifts = torch.randint(2 * self.padding + 1, (2, total), generator=generator)
         flips = torch.rand(total, generator=generator) < 0.5
+        seeds = None
+        if self.random_resized_crop:
+            seeds = torch.randint(2**63 - 1, (total,), generator=generator)
         places = order[: count * size].view(count, size)[:, rank::world]
         # Moved once for the epoch: a GPU never waits for the next batch's.
         down, right = shifts[:, places].to(self.device)
         flipped = flips[places].to(self.device)
         labels = self._labels["train"][places.to(self.device)]
-        pixels = self._pixels("train", places.flatten(), places.shape[1])
+        pixels = self._pixels("train", places.flatten(), places.shape[1], seeds)
         for batch, images in enumerate(pixels):
             if self.padding:
                 images = crop(images, self.padding, down[batch], right[batch])
@@ -82,13 +86,18 @@ class Batches:
                 images = flip(images, flipped[batch])
             yield self._normalise(images), labels[batch]
 
-    def _pixels(self, split: str, places: Tensor, size: int) -> Iterator[Tensor]:
-        """The images at these places as uint8 [size, height, width, channels] on the device."""
+    def _pixels(
+        self, split: str, places: Tensor, size: int, seeds: Tensor | None = None
+    ) -> Iterator[Tensor]:
+        """The images at these places as uint8 [size, height, width, channels] on the device.
+
+        With seeds, one for each image of the split, they are random parts of the files' images.
+        """
         if split in self._images:
             for batch in places.to(self.device).split(size):
                 yield self._images[split].index_select(0, batch)
         else:
-            for images in self._decoders.decode(split, places, size):
+            for images in self._decoders.decode(split, places, size, seeds):
                 yield images.to(self.device, non_blocking=True)
 
     def _normalise(self, images: Tensor) -> Tensor:
@@ -128,16 +137,20 @@ class Decoders:
         self._dataset, self._workers, self._pin = _Decoded(splits), workers, pin
         self._idle: list[tuple[list[Any], DataLoader]] = []
 
-    def decode(self, split: str, places: Tensor, size: int) -> Iterator[Tensor]:
+    def decode(
+        self, split: str, places: Tensor, size: int, seeds: Tensor | None = None
+    ) -> Iterator[Tensor]:
         """Batches of `size` images, uint8 [size, height, width, 3], in page-locked memory if asked.
 
+        With seeds, int64 and one for each image of the split, they are random parts of the images.
         Raises InputError if a file cannot be used.
         """
         # A DataLoader serves one iteration at a time, and the middle of an epoch is a time to
         # evaluate. One that was left before its end is not used again.
         tasks, loader = self._idle.pop() if self._idle else self._start()
         tasks[:] = [
-            (split, batch) for batch in np.split(places.numpy(), range(size, len(places), size))
+            (split, batch.numpy(), None if seeds is None else seeds[batch].numpy())
+            for batch in places.split(size)
         ]
         for images in loader:
             if isinstance(images, InputError):
@@ -166,10 +179,10 @@ class _Decoded(Dataset):
     def __init__(self, splits: Mapping[str, Files]):
         self._splits = splits
 
-    def __getitem__(self, task: tuple[str, np.ndarray]) -> Tensor | InputError:
-        split, places = task
+    def __getitem__(self, task: tuple[str, np.ndarray, np.ndarray | None]) -> Tensor | InputError:
+        split, places, seeds = task
         try:
-            return torch.from_numpy(self._splits[split].pixels(places, threads=1))
+            return torch.from_numpy(self._splits[split].pixels(places, 1, seeds))
         except InputError as error:
             return error  # A DataLoader cannot raise it again: it has three arguments.
 

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 Rule = Literal["corrected", "paper", "epi"]
 Precision = Literal["auto", "float32", "bfloat16"]
+Source = Literal["digits", "folder", "cifar10", "cifar100", "huggingface"]
 Loading = Literal["auto", "memory", "stream"]
 Schedule = Literal["constant", "cosine", "multistep"]
 Weights = Literal["inherit", "reinit"]
@@ -108,8 +109,9 @@ def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
 class Network:
     """A network by name, with the keyword arguments of its builder.
 
-    `name` is a built-in (`cifar_vgg`, `cifar_resnet`), a torchvision classification network
-    (`resnet18`, `mobilenet_v2`, ...) or the user's own as `package.module:function`, called as
+    `name` is a built-in (`cifar_vgg`, `cifar_resnet`, `cifar_preresnet`), a torchvision
+    classification network (`resnet18`, `mobilenet_v2`, ...), one of timm as `timm/resnet18`, or
+    the user's own as `package.module:function`, called as
     `function(num_classes=..., in_channels=..., **options)`.
     """
 
@@ -131,13 +133,21 @@ class Network:
 class Data:
     """Labelled images, split three ways.
 
-    `source="digits"` is scikit-learn's 1,797 images of 8x8 pixels. `source="folder"` reads the
-    ImageFolder at `path`: either `train/<class>/*` and `test/<class>/*` (and `validation/` if it
-    is there), or plain `<class>/*`. Splits that are not there are drawn at random, stratified by
-    class, from the training images: `validation` and `test` are their shares.
+    `source` is one of
+    - `digits`: scikit-learn's 1,797 images of 8x8 pixels;
+    - `folder`: the ImageFolder at `path`, either `train/<class>/*` with `test/<class>/*` and
+      `validation/<class>/*` (or `val/`) if they are there, or plain `<class>/*`;
+    - `cifar10`, `cifar100`: the original 60,000 images of 32x32 pixels, in the folder `path` as
+      torchvision keeps them (`cifar-10-batches-py/`, `cifar-100-python/`);
+    - `huggingface`: an image data set of Hugging Face, in the folder `path` as `save_to_disk` or
+      Parquet files, or by its name on the Hub (the extra `huggingface`).
+
+    Images that come as validation without a test split are the test split: nothing else is there
+    to report on. Splits that are still missing are drawn at random, stratified by class, from the
+    training images: `validation` and `test` are their shares.
     """
 
-    source: Literal["digits", "folder"] = "digits"
+    source: Source = "digits"
     path: str | None = None
     image_size: int | None = None
     """Side in pixels that images are resized and centre-cropped to; None keeps their own size."""
@@ -145,37 +155,73 @@ class Data:
     test: float = 0.2
     crop_padding: int = 0
     """Pixels of zero padding for random crops while training."""
+    random_resized_crop: bool = False
+    """Train as on ImageNet (Szegedy et al. 2015, arXiv 1409.4842, section 6): on a random part of
+    each image, 8 to 100% of its area with sides from 3:4 to 4:3, resized to `image_size`. The other
+    splits are resized until `image_size` is 87.5% of the shorter side, then centre-cropped. The
+    parts are cut from whole images, so that the folder is always streamed."""
     flip: bool = False
     """Random horizontal flips while training."""
     limit: int | None = None
     """Use this many training images at most, and as many for validation and test together."""
     split_seed: int = 0
     loading: Loading = "auto"
-    """`memory` decodes every image once and keeps it as bytes, `stream` decodes the files again in
-    every epoch; `auto` streams what would take over a quarter of this machine's memory."""
+    """`memory` decodes every image once and keeps it as bytes, `stream` decodes the files of a
+    folder again in every epoch; `auto` streams a folder that would take over a quarter of this
+    machine's memory."""
     loader_workers: int = 2
     """Processes that decode for each trajectory that streams."""
+    download: bool = False
+    """Fetch what is not there: the archive of `cifar10` or `cifar100`, or a data set of the
+    Hugging Face Hub."""
+    columns: tuple[str, str] | None = None
+    """The columns of a Hugging Face data set with the images and the labels; None finds them."""
 
     def __post_init__(self):
-        _choice("data.source", self.source, ("digits", "folder"))
-        if self.source == "folder" and not isinstance(self.path, str):
+        _choice("data.source", self.source, get_args(Source))
+        if self.source != "digits" and not isinstance(self.path, str):
             raise InputError("data.path", self.path, "must be the path of a folder, as a string")
         if self.image_size is not None:
             _whole("data.image_size", self.image_size, 1)
+            self._only_for("image_size", "folder", "huggingface")
         _share("data.validation", self.validation)
         _share("data.test", self.test)
         if self.validation + self.test >= 1:
             allowed = f"must be below 1 together with data.test, which is {self.test}"
             raise InputError("data.validation", self.validation, allowed)
         _whole("data.crop_padding", self.crop_padding, 0)
+        _kind("data.random_resized_crop", self.random_resized_crop, bool)
+        if self.random_resized_crop:
+            self._only_for("random_resized_crop", "folder")
+            for name, wrong in (
+                ("image_size", self.image_size is None),
+                ("crop_padding", self.crop_padding > 0),
+                ("loading", self.loading == "memory"),
+            ):
+                if wrong:
+                    allowed = "cannot be with data.random_resized_crop"
+                    raise InputError(f"data.{name}", getattr(self, name), allowed)
         _kind("data.flip", self.flip, bool)
         if self.limit is not None:
             _whole("data.limit", self.limit, 10)
         _whole("data.split_seed", self.split_seed, 0)
         _choice("data.loading", self.loading, get_args(Loading))
-        if self.loading == "stream" and self.source == "digits":
-            raise InputError("data.loading", self.loading, "digits are always in memory")
+        if self.loading == "stream" and self.source != "folder":
+            raise InputError("data.loading", self.loading, f"{self.source} is always in memory")
         _whole("data.loader_workers", self.loader_workers, 1)
+        _kind("data.download", self.download, bool)
+        if self.download:
+            self._only_for("download", "cifar10", "cifar100", "huggingface")
+        if self.columns is not None:
+            self._only_for("columns", "huggingface")
+            if not isinstance(self.columns, tuple) or list(map(type, self.columns)) != [str, str]:
+                allowed = "must be the names of two columns, images and labels"
+                raise InputError("data.columns", self.columns, allowed)
+
+    def _only_for(self, name: str, *sources: str):
+        if self.source not in sources:
+            allowed = f"is for data.source {', '.join(sources)} only"
+            raise InputError(f"data.{name}", getattr(self, name), allowed)
 
 
 @dataclass(frozen=True)
@@ -187,7 +233,7 @@ class StopRule:
     """How many masks are kept; the newest is compared with each of the others."""
     threshold: float | None = None
     """Largest mask distance that still counts as the same mask; None is the rule's own
-    (0.1 of the channels for `paper`, 0.2 of chance for `corrected`)."""
+    (0.1 of the channels for `paper`, 0.2 of chance for `corrected`, 0.017 for `epi`)."""
     checks_per_epoch: int = 1
     """Looks at the masks in every epoch; the window counts looks."""
 
@@ -200,7 +246,7 @@ class StopRule:
 
     @property
     def limit(self) -> float:
-        return self.threshold or {"paper": 0.1, "corrected": 0.2}[self.rule]
+        return self.threshold or {"paper": 0.1, "corrected": 0.2, "epi": 0.017}[self.rule]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -332,7 +378,7 @@ def _method(name: str, value: object):
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers that Optuna may propose, both ends included; whole ones if both ends are."""
+    """Numbers that Optuna may propose, both ends included; whole ones if both ends are ints."""
 
     low: float
     high: float
@@ -357,7 +403,8 @@ class Optuna:
     startup: int = 10
     """Trajectories that are drawn at random before TPE begins."""
     storage: str | None = None
-    """The database of the study, as an SQLAlchemy URL; None is a file in the sweep's folder."""
+    """The database of the study, as an SQLAlchemy URL; `${NAME}` in it stands for an environment
+    variable, as a password must. None is a file in the sweep's folder."""
     seed: int = 0
 
     def __post_init__(self):
@@ -373,12 +420,22 @@ class Optuna:
                 _number(name, values.high, above=values.low, allowed=allowed)
             elif not isinstance(values, tuple) or not values:
                 raise InputError(name, values, "must be a Range or a tuple of choices")
+            else:
+                for value in values:
+                    if not isinstance(value, None | bool | int | float | str):
+                        raise InputError(name, value, "must be a number, a text, a bool or None")
         _choice("optuna.objective", self.objective, get_args(Objective))
         _choice("optuna.sampler", self.sampler, get_args(Sampler))
         _whole("optuna.startup", self.startup, 1)
-        if self.storage is not None and not re.match(r"\w+(\+\w+)?://", self.storage):
-            allowed = "must be a database's URL, as postgresql://user@host/name"
-            raise InputError("optuna.storage", self.storage, allowed)
+        if self.storage is not None:
+            # The space goes to the journal and to MLflow, where a password has no place.
+            shown = re.sub(r".*@|(?<=password=)[^&]*", "...", str(self.storage))
+            if not re.match(r"\w+(\+\w+)?://", str(self.storage)):
+                allowed = "must be a database's URL, as postgresql://user@host/name"
+                raise InputError("optuna.storage", shown, allowed)
+            if re.search(r"//.*:(?!\$\{\w+\}@).*@|password=", self.storage):
+                allowed = "takes its password from a variable: postgresql://me:${NAME}@host/name"
+                raise InputError("optuna.storage", shown, allowed)
         _seed("optuna.seed", self.seed)
 
 
@@ -475,6 +532,9 @@ class SearchSpace:
                 raise InputError("penalties", self.penalties, allowed)
         self.training.validate("training")
         self.retraining.validate("retraining")
+        if self.comparison.rewind >= self.retraining.epochs:
+            allowed = f"must be below retraining.epochs, which is {self.retraining.epochs}"
+            raise InputError("comparison.rewind", self.comparison.rewind, allowed)
         window, checks = self.stop_rule.window, self.stop_rule.checks_per_epoch
         if self.training.epochs * checks < window:
             allowed = f"must be enough for stop_rule.window, which is {window}"

@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from rich import box
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
@@ -16,18 +16,15 @@ from raytickets.journal import Event
 from raytickets.ticket import Ticket, kept_channels
 
 
-class Progress:
-    """Shows a sweep's events as they come: tables that update, or lines if it is no terminal."""
+class Display:
+    """Shows events as they come: tables that update, or lines if it is no terminal."""
 
-    def __init__(self, console: Console, space: SearchSpace):
-        self._console, self._space = console, space
+    def __init__(self, console: Console):
+        self._console = console
         self._live = Live(console=console, refresh_per_second=4)
         self._status = console.status("starting Ray")
-        self._trajectories: dict[str, dict[str, Any]] = {}
-        self._proofs: dict[str, Event] = {}
-        self._retraining: dict[str, Event] = {}
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> Self:
         self._status.start()
         return self
 
@@ -41,6 +38,40 @@ class Progress:
         self._live.stop()
 
     def __call__(self, event: Event) -> None:
+        self._take(event)
+        if not self._console.is_terminal or self._console.is_dumb_terminal:
+            if line := self._line(event):
+                self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        elif tables := self._tables():
+            self._status.stop()
+            self._live.start()
+            self._live.update(Group(*tables))
+
+    def _take(self, event: Event) -> None:
+        raise NotImplementedError
+
+    def _line(self, event: Event) -> str | None:
+        """What to print of this event, if anything."""
+        raise NotImplementedError
+
+    def _tables(self) -> list[RenderableType]:
+        """What a terminal shows; nothing as long as there is nothing to show."""
+        raise NotImplementedError
+
+
+class Progress(Display):
+    """The display of a sweep, or of retraining one of its tickets."""
+
+    def __init__(self, console: Console, space: SearchSpace):
+        super().__init__(console)
+        self._space = space
+        self._trajectories: dict[str, dict[str, Any]] = {}
+        self._proofs: dict[str, Event] = {}
+        self._retraining: dict[str, Event] = {}
+        proposed = space.optuna.ranges if space.optuna else {}
+        self._budget = "" if "training.epochs" in proposed else f"/{space.training.epochs}"
+
+    def _take(self, event: Event) -> None:
         kind = event["event"]
         if kind in ("check", "ticket", "trajectory"):
             row = self._trajectories.setdefault(event["trajectory"], {"tickets": {}})
@@ -56,22 +87,17 @@ class Progress:
             self._proofs[event["ticket"]] = event
         elif kind in ("epoch", "retrained"):
             self._retraining[event["run"]] = self._retraining.get(event["run"], {}) | event
-        if not self._console.is_terminal or self._console.is_dumb_terminal:
-            if line := self._line(event):
-                self._console.print(line, markup=False, highlight=False, soft_wrap=True)
-        elif self._trajectories or self._retraining:
-            self._status.stop()
-            self._live.start()
-            self._live.update(self._tables())
 
     def _line(self, event: Event) -> str | None:
         match event["event"]:
             case "check":
-                distances = "  ".join(f"{r}: {_distance(d)}" for r, d in event["distances"].items())
+                distances = "  ".join(
+                    f"{r}: {distance_text(d)}" for r, d in event["distances"].items()
+                )
                 accuracy = event["validation_accuracy"]
                 return (
                     f"{event['trajectory']}"
-                    f"  epoch {_epoch(event['epoch'])}/{self._space.training.epochs}"
+                    f"  epoch {epoch_text(event['epoch'])}{self._budget}"
                     + (f"  validation {accuracy:.1%}" if accuracy is not None else "")
                     + f"  mask distance {distances}"
                 )
@@ -87,7 +113,8 @@ class Progress:
                 )
             case "trajectory":
                 reason = f" ({event['reason']})" if event["reason"] else ""
-                return f"{event['trajectory']}  {event['state']}{reason}"
+                proposed = f": {changes_text(event['changes'])}" if event["changes"] else ""
+                return f"{event['trajectory']}  {event['state']}{reason}{proposed}"
             case "epoch":
                 return (
                     f"retraining {event['run']}"
@@ -98,16 +125,17 @@ class Progress:
                 return f"retraining {event['run']}  test {event['test_accuracy']:.1%}"
         return None
 
-    def _tables(self) -> Group:
-        parts = [self._search()] if self._trajectories else []
-        return Group(*parts, *([self._retrainings()] if self._retraining else []))
+    def _tables(self) -> list[RenderableType]:
+        parts: list[RenderableType] = [self._search()] if self._trajectories else []
+        return [*parts, *([self._retrainings()] if self._retraining else [])]
 
     def _search(self) -> Group:
         ratios = self._space.prune_ratios
         seeds = ["seed"] if len(self._space.seeds) > 1 else []
         prune = [f"prune\n{ratio:g}" for ratio in ratios]
-        headers = ["penalty", *seeds, "epoch", "validation", *prune]
-        table = _table("Search", headers, right=headers)
+        headers = ["trial" if self._space.optuna else "penalty"]
+        headers += [*seeds, "epoch", "validation", *prune]
+        table = plain_table("Search", headers, right=headers)
         table.add_column("state", min_width=len("converged"))
         shown = self._trajectories
         rule = self._space.stop_rule
@@ -122,24 +150,24 @@ class Progress:
             notes.append(_proved_again([proof["rung"] for proof in self._proofs.values()]))
         for name, row in shown.items():
             check, ended = row.get("check"), row.get("trajectory")
-            penalty, seed = name.removeprefix("penalty").rsplit("-seed")
-            cells = [penalty, seed] if seeds else [penalty]
-            cells.append(f"{_epoch(check['epoch'])}/{self._space.training.epochs}" if check else "")
+            first, seed = name.removeprefix("penalty").removeprefix("trial").rsplit("-seed")
+            cells = [first, seed] if seeds else [first]
+            cells.append(f"{epoch_text(check['epoch'])}{self._budget}" if check else "")
             accuracy = row.get("validation_accuracy")
             cells.append("-" if accuracy is None else f"{accuracy:.1%}")
             for ratio in ratios:
                 if ticket := row["tickets"].get(ratio):
                     last = self._proofs.get(ticket["ticket"]) or ticket
-                    drawn = f"{last['proof_accuracy']:.1%} @{_epoch(ticket['draw_epoch'])}"
+                    drawn = f"{last['proof_accuracy']:.1%} @{epoch_text(ticket['draw_epoch'])}"
                     cells.append(f"[green]{drawn}[/]")
                 else:
-                    cells.append(_distance(check["distances"][f"{ratio:g}"] if check else None))
+                    cells.append(distance_text(check["distances"][f"{ratio:g}"] if check else None))
             table.add_row(*cells, ended["state"] if ended else "training")
         return Group(table, *map(Text, notes), "")
 
     def _retrainings(self) -> Table:
         headers = ["network", "epoch", "loss", "validation", "test"]
-        table = _table("Retraining", headers, right=headers[1:])
+        table = plain_table("Retraining", headers, right=headers[1:])
         for run, event in self._retraining.items():
             table.add_row(
                 run,
@@ -151,7 +179,7 @@ class Progress:
         return table
 
 
-def _table(title: str, headers: list[str], right: list[str]) -> Table:
+def plain_table(title: str, headers: list[str], right: list[str]) -> Table:
     """A table that fits 80 columns: two blanks between columns, and words are wrapped, not cut."""
     table = Table(
         title=title,
@@ -167,6 +195,12 @@ def _table(title: str, headers: list[str], right: list[str]) -> Table:
     return table
 
 
+def changes_text(changes: Mapping[str, Any]) -> str:
+    """What Optuna proposed, numbers to three digits."""
+    shown = {n: f"{v:.3g}" if isinstance(v, float) else str(v) for n, v in changes.items()}
+    return ", ".join(f"{name} {value}" for name, value in shown.items())
+
+
 def _proved_again(reached: list[int]) -> str:
     """How many tickets came to each rung above the first; `reached` is the last one of each."""
     rungs = range(2, max(reached) + 1)
@@ -174,12 +208,13 @@ def _proved_again(reached: list[int]) -> str:
     return f"Tickets proved again with more MACs: {', '.join(counts)}."
 
 
-def _epoch(epoch: float) -> str:
+def epoch_text(epoch: float) -> str:
     """Two decimals at most: 8, 8.5, 8.33."""
     return f"{epoch:.2f}".rstrip("0").rstrip(".")
 
 
-def _distance(distance: float | None) -> str:
+def distance_text(distance: float | None) -> str:
+    """Two decimals; - where the window is not full."""
     return "-" if distance is None else f"{distance:.2f}"
 
 
@@ -187,15 +222,15 @@ def report_table(report: Mapping[str, Any]) -> Group:
     """A sweep's result: the dense reference and each winner, and what the search cost."""
     ticket = ["penalty", "prune\nratio", "draw\nepoch"]
     headers = ["network", *ticket, "test", "MACs", "params", "cost"]
-    table = _table(f"{report['name']}: {report['state']}", headers, right=headers[1:])
+    table = plain_table(f"{report['name']}: {report['state']}", headers, right=headers[1:])
     dense = report["dense"]
     for row in [dense, *report["winners"]]:
         winner = row is not dense
         table.add_row(
             row["run"],
-            f"{row['penalty']:g}" if winner else "",
+            f"{row['penalty']:.3g}" if winner else "",
             f"{row['prune_ratio']:g}" if winner else "",
-            _epoch(row["draw_epoch"]) if winner else "",
+            epoch_text(row["draw_epoch"]) if winner else "",
             "-" if row["test_accuracy"] is None else f"{row['test_accuracy']:.2%}",
             _relative(row["macs"], dense["macs"]),
             _relative(row["params"], dense["params"]),
@@ -209,6 +244,17 @@ def report_table(report: Mapping[str, Any]) -> Group:
     reached = [ticket["proof_rung"] for ticket in tickets]
     if max(reached, default=1) > 1:
         lines.append(_proved_again(reached))
+    correlation = report["proof_correlation"]
+    if correlation["spearman"] is not None:
+        lines.append(
+            f"Rank correlation of proof and final validation accuracy (Spearman):"
+            f" {correlation['spearman']:.2f} over {correlation['n']} tickets."
+        )
+    origins = {ticket["ticket"]: ticket["trajectory"] for ticket in tickets}
+    proposed = {event["trajectory"]: event["changes"] for event in trajectories}
+    for row in report["winners"]:
+        if changes := proposed.get(origins[row["run"]]):
+            lines.append(f"{row['run']}: {origins[row['run']]}, {changes_text(changes)}")
     for event in trajectories:
         left = [f"{ratio} {s}" for ratio, s in event["ratios"].items() if s != "drawn"]
         if left:
@@ -243,10 +289,10 @@ def _costs(report: Mapping[str, Any]) -> Group:
 
 
 def _relative(value: int, dense: int) -> str:
-    return f"{_short(value)} {value / dense:4.0%}"
+    return f"{short_text(value)} {value / dense:4.0%}"
 
 
-def _short(value: float) -> str:
+def short_text(value: float) -> str:
     """Three digits: 918k, 2.38M."""
     for unit in ("", "k", "M", "G"):
         if value < 999.5:
@@ -258,20 +304,22 @@ def _short(value: float) -> str:
 def ticket_table(ticket: Ticket) -> Group:
     """A ticket: how it was found, and the channels it keeps in each group."""
     manifest = ticket.manifest
-    rule, draw = manifest["stop_rule"], manifest["draw"]
+    rule, draw, rate = manifest["stop_rule"], manifest["draw"], manifest["learning_rate"]
     options = "".join(f" {name}={value}" for name, value in manifest["network"]["options"].items())
     facts = {
         "network": manifest["network"]["name"] + options,
         "found in": manifest["space"]["name"],
+        "method": manifest.get("method"),
         "penalty": f"{manifest['penalty']:g}",
         "prune ratio": f"{manifest['prune_ratio']:g}",
-        "learning rate": f"{manifest['learning_rate']:g}",
+        "learning rate": rate and f"{rate:g}",
         "seed": manifest["seed"],
-        "drawn": f"epoch {_epoch(draw['epoch'])}, check {draw['check']}",
+        "drawn": draw and f"epoch {epoch_text(draw['epoch'])}, check {draw['check']}",
         "precision": manifest["precision"],
         "rounded to": f"multiples of {manifest['round_to']}",
-        "stop rule": f"{rule['rule']}, window {rule['window']}, threshold {rule['threshold']:g}",
-        "distances": ", ".join(f"{distance:.3f}" for distance in rule["distances"]),
+        "stop rule": rule
+        and f"{rule['rule']}, window {rule['window']}, threshold {rule['threshold']:g}",
+        "distances": rule and ", ".join(f"{distance:.3f}" for distance in rule["distances"]),
         "floor acted on": ", ".join(manifest["min_channels"]["acted_on"]) or "no group",
         "MACs": f"{manifest['macs']:,}",
         "params": f"{manifest['params']:,}",
@@ -281,11 +329,12 @@ def ticket_table(ticket: Ticket) -> Group:
         facts["retrained for"] = f"{retrained['epochs']} epochs"
         facts["validation"] = f"{retrained['validation_accuracy']:.2%}"
         facts["test"] = f"{retrained['test_accuracy']:.2%}"
-    table = _table(f"Ticket {ticket.id}", ["", " "], right=[])
+    table = plain_table(f"Ticket {ticket.id}", ["", " "], right=[])
     table.show_header = False
     for name, value in facts.items():
-        table.add_row(name, escape(str(value)))
-    groups = _table("Kept channels", ["group", "kept", "of", ""], right=["kept", "of"])
+        if value is not None:  # Not every method draws.
+            table.add_row(name, escape(str(value)))
+    groups = plain_table("Kept channels", ["group", "kept", "of", ""], right=["kept", "of"])
     for name, (kept, width) in kept_channels(manifest).items():
         groups.add_row(name, str(kept), str(width), "█" * round(24 * kept / width))
     return Group(table, "", groups)

@@ -1,5 +1,8 @@
 """What networks and training cost."""
 
+import statistics
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from unittest import mock
 
@@ -33,6 +36,31 @@ def params(network: nn.Module) -> int:
 def training_macs(forward_macs: int, samples: int) -> int:
     """MACs of training on `samples` images: the backward pass counts as two forward passes."""
     return 3 * forward_macs * samples
+
+
+@torch.no_grad()
+def latencies(networks: Sequence[nn.Module], example: Tensor, repeats: int = 50) -> list[float]:
+    """Median milliseconds of each network's forward pass, in eval mode, which they are left in.
+
+    The networks take turns, so that whatever else the machine does slows all of them alike.
+    example is float [N, channels, height, width] on the networks' device.
+    """
+    times: list[list[float]] = [[] for _ in networks]
+    for repeat in range(-5, repeats):
+        for network, taken in zip(networks, times, strict=True):
+            network.eval()
+            _wait(example)
+            started = time.perf_counter()
+            network(example)
+            _wait(example)
+            if repeat >= 0:  # The first passes choose kernels and allocate.
+                taken.append(1000 * (time.perf_counter() - started))
+    return [statistics.median(taken) for taken in times]
+
+
+def _wait(example: Tensor) -> None:
+    if example.is_cuda:
+        torch.cuda.synchronize(example.device)
 
 
 @dataclass(frozen=True)

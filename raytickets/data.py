@@ -10,10 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from raytickets.config import Data, InputError
 from raytickets.folder import Files, ImageFolder, list_folder, open_image, read_images
+from raytickets.huggingface import Table, open_table
+from raytickets.vision import read_cifar
 
 EVALUATION_BATCH = 512
 """Images that are evaluated at a time."""
@@ -72,45 +75,87 @@ def load_data(data: Data) -> DataSet:
     Images that are streamed are only listed, but for those that mean and deviation are of. Their
     files have to be at the same path on every machine that trains.
 
-    Raises InputError if the folder, its layout or an image cannot be used, or memory is too small.
+    Raises InputError if the images are not where `data` says, they, their layout or one of them
+    cannot be used, or memory is too small.
     """
-    if data.source == "digits":
-        shape, (images, labels) = describe(data), _digits()
-        places = _split(data, labels, {"train": np.arange(len(labels))})
-        splits = {name: Images(images[places[name]], labels[places[name]]) for name in places}
+    if data.source == "folder":
+        shape, splits = _load_folder(data)
+    elif data.source == "huggingface":
+        shape, splits = _load_table(data)
     else:
-        folder = list_folder(data.path)
-        shape = _folder_shape(data, folder)
-        places = _split(data, folder.labels, folder.splits)
-        files = folder.files(shape.size, resize=data.image_size is not None)
-        if _streams(data, len(folder.paths), shape.size):
-            files = dataclasses.replace(files, root=str(folder.root.resolve()))
-            splits = {name: files.take(places[name]) for name in places}
-        else:
-            images, labels = read_images(files), folder.labels
-            splits = {name: Images(images[places[name]], labels[places[name]]) for name in places}
+        shape, splits = _load_arrays(data)
     mean, deviation = _statistics(splits["train"], data.split_seed)
     fingerprint = _fingerprint([splits[name] for name in ("train", "validation", "test")])
     return DataSet(**splits, shape=shape, mean=mean, deviation=deviation, fingerprint=fingerprint)
 
 
 def describe(data: Data) -> Shape:
-    """What `load_data` will give, from file names and one image; the same errors."""
+    """What `load_data` will give, from names and at most one image of a folder; the same errors."""
     if data.source == "digits":
         return Shape(channels=1, size=8, classes=tuple("0123456789"))
-    return _folder_shape(data, list_folder(data.path))
+    if data.source == "folder":
+        return _folder_shape(data, list_folder(data.path))
+    if data.source == "huggingface":
+        return _table_shape(data, open_table(data))
+    return Shape(channels=3, size=32, classes=read_cifar(data, train=False)[2])
+
+
+def _load_arrays(data: Data) -> tuple[Shape, dict[str, Images]]:
+    """Digits and CIFAR."""
+    if data.source == "digits":
+        shape, (images, labels) = describe(data), _digits()
+        given = {"train": np.arange(len(labels))}
+    else:
+        train, test = (read_cifar(data, train=train) for train in (True, False))
+        shape = Shape(channels=3, size=32, classes=train[2])
+        images, labels = (np.concatenate([train[part], test[part]]) for part in (0, 1))
+        count = len(train[1])
+        given = {"train": np.arange(count), "test": np.arange(count, len(labels))}
+    places = _split(data, labels, given)
+    return shape, {name: Images(images[at], labels[at]) for name, at in places.items()}
+
+
+def _load_folder(data: Data) -> tuple[Shape, dict[str, Images] | dict[str, Files]]:
+    folder = list_folder(data.path)
+    shape = _folder_shape(data, folder)
+    places = _split(data, folder.labels, folder.splits)
+    files = folder.files(shape.size, data.image_size is not None, data.random_resized_crop)
+    if _streams(data, len(folder.paths), shape.size):
+        files = dataclasses.replace(files, root=str(folder.root.resolve()))
+        return shape, {name: files.take(at) for name, at in places.items()}
+    images, labels = read_images(files), folder.labels
+    return shape, {name: Images(images[at], labels[at]) for name, at in places.items()}
+
+
+def _load_table(data: Data) -> tuple[Shape, dict[str, Images]]:
+    table = open_table(data)
+    shape = _table_shape(data, table)
+    places = _split(data, table.labels, table.splits)
+    resize = data.image_size is not None
+    return shape, {
+        name: Images(table.pixels(at, shape.size, resize), table.labels[at])
+        for name, at in places.items()
+    }
 
 
 def _folder_shape(data: Data, folder: ImageFolder) -> Shape:
-    size = data.image_size
-    if size is None:
-        width, height = open_image(folder.root / folder.paths[0]).size
-        if width != height:
-            allowed = f"must be given, as the images are not square ({width}x{height} pixels)"
-            raise InputError("data.image_size", None, allowed)
-        size = width
+    size = data.image_size or _square(open_image(folder.root / folder.paths[0]))
     _streams(data, len(folder.paths), size)
     return Shape(channels=3, size=size, classes=folder.classes)
+
+
+def _table_shape(data: Data, table: Table) -> Shape:
+    size = data.image_size or _square(table.first())
+    _check_memory(data, len(table.labels), size)
+    return Shape(channels=3, size=size, classes=table.classes)
+
+
+def _square(image: Image.Image) -> int:
+    if image.width != image.height:
+        size = f"{image.width}x{image.height}"
+        allowed = f"must be given, as the images are not square ({size} pixels)"
+        raise InputError("data.image_size", None, allowed)
+    return image.width
 
 
 def physical_memory() -> int:
@@ -120,18 +165,27 @@ def physical_memory() -> int:
 
 def _streams(data: Data, count: int, size: int) -> bool:
     """Whether so many images of a folder are streamed; InputError if memory is too small."""
-    pixels, memory = 3 * size * size, physical_memory()
-    needed = count * pixels
-    if data.loading == "memory" and needed > memory / 2:
-        taken = f"{count} images of {size} pixels take {needed >> 30} GiB, over half the memory"
-        allowed = f"{taken}: choose `stream`, or a smaller data.image_size"
-        raise InputError("data.loading", data.loading, allowed)
+    if data.loading == "memory":
+        _check_memory(data, count, size)
+    memory = physical_memory()
     batch = min(count, EVALUATION_BATCH)
-    in_float32 = batch * pixels * 4
+    in_float32 = batch * 3 * size * size * 4
     if in_float32 > memory / 2:
         allowed = f"{batch} images at a time take {in_float32 >> 30} GiB, over half the memory"
         raise InputError("data.image_size", size, allowed)
-    return data.loading == "stream" or (data.loading == "auto" and needed > memory / 4)
+    if data.random_resized_crop or data.loading == "stream":
+        return True
+    return data.loading == "auto" and count * 3 * size * size > memory / 4
+
+
+def _check_memory(data: Data, count: int, size: int) -> None:
+    needed = count * 3 * size * size
+    if needed > physical_memory() / 2:
+        taken = f"{count} images of {size} pixels take {needed >> 30} GiB, over half the memory"
+        if data.source == "folder":
+            allowed = f"{taken}: choose `stream`, or a smaller data.image_size"
+            raise InputError("data.loading", data.loading, allowed)
+        raise InputError("data.image_size", data.image_size, f"{taken}: choose a smaller one")
 
 
 def _digits() -> tuple[np.ndarray, np.ndarray]:

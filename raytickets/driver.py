@@ -1,4 +1,4 @@
-"""The sweep's driver: checks the input, runs every stage on Ray, and tells what happens."""
+"""The driver of sweeps and comparisons: checks the input, runs every stage on Ray, and tells."""
 
 import contextlib
 import logging
@@ -24,6 +24,7 @@ os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
 import ray
 
 from raytickets.config import InputError, SearchSpace
+from raytickets.contest import run_contest
 from raytickets.data import DataSet, load_data
 from raytickets.halving import choose_winners
 from raytickets.journal import Event, Journal
@@ -40,7 +41,7 @@ Observer = Callable[[Event], None]
 
 
 class SweepFailed(RuntimeError):
-    """A stage of the sweep failed; what was found before is on disk."""
+    """A stage of the sweep or comparison failed; what was found before is on disk."""
 
 
 def _unheard(event: Event) -> None:
@@ -66,25 +67,44 @@ def search(
     return run(make_plan(space, name=name, storage=storage), tracking_uri, observer)
 
 
+def compare(
+    space: SearchSpace,
+    *,
+    name: str | None = None,
+    storage: str | Path = "sweeps",
+    tracking_uri: str | None = None,
+    observer: Observer = _unheard,
+) -> Sweep:
+    """Run a comparison: every method of `space.comparison` at every prune ratio and seed.
+
+    What `name`, `storage`, `observer` and Ray are, and what is raised, is as for `search`; the
+    report of what comes back is that of `raytickets.comparison`. A source of tickets that fails, or
+    a retraining, leaves the rest alone: SweepFailed comes at the end and names it.
+    """
+    plan = make_plan(space, name=name, storage=storage, kind="comparison")
+    return run(plan, tracking_uri, observer)
+
+
 def run(plan: Plan, tracking_uri: str | None = None, observer: Observer = _unheard) -> Sweep:
-    """Run a sweep whose input was checked; the rest of `search`."""
+    """Run a sweep or comparison whose input was checked; the rest of `search` and `compare`."""
     space, sweep = plan.space, Sweep(plan.folder)
+    compared = plan.opening["event"] == "comparison"
     with _running(space, plan.folder, tracking_uri, observer) as (slots, capacity, tell):
-        workers = worker_count(space, capacity)
+        # A comparison retrains each ticket in one process.
+        workers = 1 if compared else worker_count(space, capacity)
         if plan.opening not in sweep.events():
             tell(plan.opening)
         cause = None
         try:
             data = ray.put(plan.dataset)
-            run_search(space, sweep, data, slots, tell)
-            _retrain_winners(space, sweep, data, workers, tell)
+            if compared:
+                run_contest(space, sweep, data, slots, tell)
+            else:
+                run_search(space, sweep, data, slots, tell)
+                _retrain_winners(space, sweep, data, workers, tell)
         except Exception as error:
             cause = error
-        reasons = [
-            f"{event['trajectory']}: {event['reason']}"
-            for event in sweep.report()["trajectories"]
-            if event["state"] == "failed"
-        ]
+        reasons = [f"{event['trajectory']}: {event['reason']}" for event in sweep.failures()]
         reason = "; ".join(reasons + ([_last_line(str(cause) or repr(cause))] if cause else []))
         tell({"event": "end", "state": "failed" if reason else "done", "reason": reason})
     if reason:
@@ -201,7 +221,7 @@ def _told(
         tracker.write(event)
         observer(event)
 
-    for event in Sweep(folder).events():  # of a sweep that goes on
+    for event in Sweep(folder).events():  # of what goes on
         pass_on(event)
 
     try:

@@ -1,10 +1,12 @@
 """An ImageFolder: the images it holds, decoding them, and the cache of what was decoded."""
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import json
 import logging
+import math
 import os
 import tempfile
 import time
@@ -12,6 +14,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import PIL
@@ -21,6 +24,11 @@ from raytickets.config import InputError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 """Files with these endings are images, as in torchvision's ImageFolder."""
+
+HELD_OUT = ("validation", "val", "test")
+"""Names of the splits beside `train`; `val` is `validation`."""
+
+_Split = TypeVar("_Split")
 
 _TASK = 64  # images that one task of a thread decodes
 _CACHE_FORMAT = 1
@@ -41,23 +49,29 @@ class Files:
     size: int
     resize: bool
     """Resize and centre-crop to `size`; without it the files must have it."""
+    random_resized_crop: bool = False
+    """Crop as `Data.random_resized_crop` says."""
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def take(self, places: np.ndarray) -> "Files":
-        return Files(self.root, self.paths[places], self.labels[places], self.size, self.resize)
+        return dataclasses.replace(self, paths=self.paths[places], labels=self.labels[places])
 
-    def pixels(self, places: np.ndarray, threads: int | None = None) -> np.ndarray:
+    def pixels(
+        self, places: np.ndarray, threads: int | None = None, seeds: np.ndarray | None = None
+    ) -> np.ndarray:
         """Decode these images, uint8 [n, size, size, 3]; `threads` is one for each CPU by default.
 
-        Raises InputError that names the first file that cannot be used.
+        seeds, int64 [n], are what random parts of the images are drawn by; without them images are
+        centre-cropped. Raises InputError that names the first file that cannot be used.
         """
         images = np.empty((len(places), self.size, self.size, 3), np.uint8)
 
         def decode(start: int) -> None:
             for at in range(start, min(start + _TASK, len(places))):
-                images[at] = np.asarray(self._decode(self._path(places[at])))
+                seed = None if seeds is None else int(seeds[at])
+                images[at] = np.asarray(self._decode(self._path(places[at]), seed))
 
         with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
             for _ in pool.map(decode, range(0, len(places), _TASK)):
@@ -79,14 +93,60 @@ class Files:
     def _path(self, place: int) -> Path:
         return Path(self.root, os.fsdecode(self.paths[place]))
 
-    def _decode(self, path: Path) -> Image.Image:
+    def _decode(self, path: Path, seed: int | None) -> Image.Image:
         image = open_image(path)
-        if self.resize:
-            return ImageOps.fit(image, (self.size, self.size), Image.Resampling.BILINEAR)
-        if image.size != (self.size, self.size):
-            allowed = f"must be given, as images differ in size ({path})"
-            raise InputError("data.image_size", None, allowed)
-        return image
+        if seed is not None:
+            part = image.crop(random_part(image.width, image.height, np.random.default_rng(seed)))
+            return part.resize((self.size, self.size), Image.Resampling.BILINEAR)
+        if self.random_resized_crop:
+            return _centre(image, self.size)
+        return fit(image, self.size, self.resize, str(path))
+
+
+def fit(image: Image.Image, size: int, resize: bool, name: str) -> Image.Image:
+    """The centre of an image, resized; without `resize`, the image if it has the size.
+
+    Raises InputError with the image's name if it has not.
+    """
+    if resize:
+        return ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
+    if image.size != (size, size):
+        allowed = f"must be given, as images differ in size ({name})"
+        raise InputError("data.image_size", None, allowed)
+    return image
+
+
+def random_part(
+    width: int, height: int, generator: np.random.Generator
+) -> tuple[int, int, int, int]:
+    """A part of an image, drawn as torchvision's RandomResizedCrop does: left, top, right, bottom.
+
+    The part has 8 to 100% of the area, and sides from 3:4 to 4:3; where ten draws do not lie in
+    the image, it is the largest part from the centre whose sides are in that range.
+    """
+    for _ in range(10):
+        area = width * height * generator.uniform(0.08, 1)
+        ratio = math.exp(generator.uniform(math.log(3 / 4), math.log(4 / 3)))
+        wide, high = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < wide <= width and 0 < high <= height:
+            top = int(generator.integers(height - high + 1))
+            left = int(generator.integers(width - wide + 1))
+            return left, top, left + wide, top + high
+    wide, high = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+    left, top = (width - wide) // 2, (height - high) // 2
+    return left, top, left + wide, top + high
+
+
+def _centre(image: Image.Image, size: int) -> Image.Image:
+    """What torchvision's Resize(size / 0.875) and CenterCrop(size) give."""
+    short = round(size / 0.875)
+    if image.width <= image.height:
+        width, height = short, int(short * image.height / image.width)
+    else:
+        width, height = int(short * image.width / image.height), short
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    image = image.resize((width, height), Image.Resampling.BILINEAR)
+    return image.crop((left, top, left + size, top + size))
 
 
 @dataclass(frozen=True)
@@ -101,13 +161,14 @@ class ImageFolder:
     splits: Mapping[str, np.ndarray]
     """Which of the files are each split's; `train` is always there."""
 
-    def files(self, size: int, resize: bool) -> Files:
+    def files(self, size: int, resize: bool, random_resized_crop: bool = False) -> Files:
         paths = np.array([os.fsencode(path) for path in self.paths])
-        return Files(str(self.root), paths, self.labels, size, resize)
+        return Files(str(self.root), paths, self.labels, size, resize, random_resized_crop)
 
 
 def list_folder(path: str | None) -> ImageFolder:
-    """Read the file names of `train/<class>/*` (and `validation/`, `test/`) or plain `<class>/*`.
+    """Read the file names of `train/<class>/*` (and `validation/` or `val/`, `test/`) or plain
+    `<class>/*`.
 
     Raises InputError if there is no such folder, a class folder holds no image, there are fewer
     than two classes, or the splits differ in their classes.
@@ -116,10 +177,9 @@ def list_folder(path: str | None) -> ImageFolder:
     if not root.is_dir():
         allowed = "must be a folder with train/<class>/<image> and test/<class>/<image>"
         raise InputError("data.path", path, allowed)
-    folders = {name: root / name for name in ("train", "validation", "test")}
+    folders = {name: root / name for name in ("train", *HELD_OUT)}
     folders = {name: folder for name, folder in folders.items() if folder.is_dir()}
-    if "train" not in folders:
-        folders = {"train": root}
+    folders = held_out(folders, path) if "train" in folders else {"train": root}
     classes, paths, labels, splits = None, [], [], {}
     for name, folder in folders.items():
         found = _list_classes(folder, classes)
@@ -130,6 +190,21 @@ def list_folder(path: str | None) -> ImageFolder:
         splits[name] = np.arange(start, len(paths))
     assert classes is not None
     return ImageFolder(root, classes, tuple(paths), np.array(labels, np.int64), splits)
+
+
+def held_out(splits: Mapping[str, _Split], path: str | None) -> dict[str, _Split]:
+    """The splits under their names here: `val` is validation, and the test split if there is none.
+
+    Raises InputError if both `val` and `validation` are there.
+    """
+    named = dict(splits)
+    if "val" in named:
+        if "validation" in named:
+            raise InputError("data.path", path, "must have one of val and validation, not both")
+        named["validation"] = named.pop("val")
+    if "test" not in named and "validation" in named:
+        named["test"] = named.pop("validation")
+    return named
 
 
 def _list_classes(folder: Path, classes: tuple[str, ...] | None) -> dict[str, list[str]]:

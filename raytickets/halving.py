@@ -55,7 +55,7 @@ def choose_winners(space: SearchSpace, events: Iterable[Event]) -> list[Event]:
     return front(proved(events))[: -space.winners - 1 : -1]
 
 
-def pareto_front(accuracies: Sequence[float], costs: Sequence[int]) -> list[int]:
+def pareto_front(accuracies: Sequence[float], costs: Sequence[float]) -> list[int]:
     """Places of the points that no other point beats in both, cheapest first.
 
     Of equal points the first one stands.
@@ -68,6 +68,21 @@ def pareto_front(accuracies: Sequence[float], costs: Sequence[int]) -> list[int]
             front.append(place)
             best = accuracies[place]
     return front
+
+
+def hypervolume(accuracies: Sequence[float], shares: Sequence[float]) -> float:
+    """The area that points dominate down to accuracy 0 and share 1: from 0, for none, to 1.
+
+    Points are accuracies of tickets and their shares of the dense network's MACs (Zitzler and
+    Thiele 1999, IEEE Transactions on Evolutionary Computation 3(4)). Shares above 1 add nothing.
+    """
+    area = best = last = 0.0
+    for share, accuracy in sorted(zip(shares, accuracies, strict=True)):
+        if share >= 1:
+            break
+        area += best * (share - last)
+        best, last = max(best, accuracy), share
+    return area + best * (1 - last)
 
 
 def _proofs(events: Iterable[Event]) -> dict[str, dict[int, Event]]:

@@ -1,28 +1,36 @@
-"""The sweep's journal: every result, one JSON object a line, on disk before anyone is told.
+"""The journal of a sweep or a comparison: every result, one JSON object a line, on disk before
+anyone is told.
 
 Events, by their `event` field (`run` is a trajectory, a ticket, or `dense`):
 
 sweep        name, space (all fields), fingerprint, channels, dense {macs, params}, data
              {fingerprint, train, validation, test}, versions {package: version}
+comparison   in place of `sweep`: the same, and penalty, prune_ratios, seeds, methods, as resolved
 check        trajectory, check, epoch (a fraction within one), loss since the last check,
              validation_accuracy (null within an epoch), distances {ratio: distance or null while
              the window fills}, about_to_draw (a distance is within twice the limit), train_macs
              and seconds since the trajectory began
 ticket       trajectory, ticket, path (relative to the sweep), penalty, prune_ratio, learning_rate,
-             seed, rule, draw_check, draw_epoch, mask_distance, macs, params,
-             kept {group: [kept, of]}, proof_accuracy (validation), proof_macs (training), both
-             of the first rung
-trajectory   trajectory, penalty, seed, state (drawn, not converged, hopeless, diverged or failed),
-             reason, epochs, train_macs, seconds, ratios {ratio: drawn, or the state}
+             seed, method, rule, draw_check, draw_epoch, mask_distance, macs, params,
+             kept {group: [kept, of]}; rule to mask_distance are null where nothing is drawn, and
+             learning_rate where nothing is trained. In sweeps also proof_accuracy (validation) and
+             proof_macs (training), both of the first rung; in comparisons search: the ledger of
+             the search that this ticket alone would have needed
+trajectory   trajectory, method, penalty, seed, changes {field: value} that Optuna chose, state
+             (drawn, not converged, hopeless, diverged or failed), reason, epochs, train_macs,
+             seconds, ratios {ratio: drawn, or the state}, distances_matrix {epochs, ratios {ratio:
+             rows}} between the masks of every two checks. In comparisons it is of a source
 proof        ticket, rung (from 2), proof_accuracy, proof_macs, seconds
 winners      tickets, in order of falling proof accuracy in the last rung
 epoch        run, epoch, loss, validation_accuracy, learning_rate
 retrained    run, path, macs, params, epochs, validation_accuracy, test_accuracy, train_macs,
-             seconds, num_workers
+             seconds, num_workers; in comparisons also ledger, latency_ms (median of one image)
+             and relative_latency (to the dense network)
 end          state (done or failed), reason
 
 MACs are of one image forward (`macs`) or of training (3 x forward x samples); accuracies are
-shares between 0 and 1; seconds are wall time.
+shares between 0 and 1; seconds are wall time. A ledger is {forward_macs, backward_macs, samples,
+seconds, joules, energy}, as in `raytickets.cost.Ledger`.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Networks by name: two built in for small images, torchvision's, and the user's own."""
+"""Networks by name: built in for small images, torchvision's, timm's, and the user's own."""
 
 import difflib
 import importlib
@@ -7,13 +7,14 @@ from collections import OrderedDict
 from collections.abc import Callable
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 
 from raytickets.config import InputError, Network
+from raytickets.vision import torchvision
 
 
 def _family(prefix: str, endings: str) -> list[str]:
@@ -71,7 +72,7 @@ def build_network(network: Network, *, in_channels: int, num_classes: int, seed:
 
     It takes images [batch, in_channels, height, width] and gives logits [batch, num_classes].
     The same seed gives the same weights, and torch's global random state stays as it was. Only
-    torchvision's networks import torchvision. Raises `InputError` on an unknown name, on a
+    networks of torchvision and timm import these. Raises `InputError` on an unknown name, on a
     network without BatchNorm2d layers and on options that its builder does not take.
     """
     with torch.random.fork_rng(devices=[]):
@@ -119,14 +120,20 @@ def check_network(
 
 
 def cifar_vgg(
-    *, num_classes: int, in_channels: int, depth: int = 16, width: float = 1.0
+    *,
+    num_classes: int,
+    in_channels: int,
+    depth: int = 16,
+    width: float = 1.0,
+    scale_init: float = 1.0,
 ) -> nn.Sequential:
     """VGG with BatchNorm for small images: Simonyan and Zisserman, arXiv 1409.1556, table 1.
 
     Depths are 9, 11, 13, 16 and 19, which count the three linear layers of the original; here
     global average pooling and one linear layer take their place. `width` multiplies the stages'
-    64, 128, 256, 512 and 512 channels. Images must measure 16 pixels, or 4 for depth 9, which
-    has three stages. Raises `ValueError` on another depth or a width that is not above 0.
+    64, 128, 256, 512 and 512 channels, and `scale_init` is every BatchNorm scale (gamma) at the
+    start. Images must measure 16 pixels, or 4 for depth 9, which has three stages. Raises
+    `ValueError` on another depth and on a width or `scale_init` that is not above 0.
     """
     if depth not in _VGG_STAGES:
         raise ValueError(f"depth must be one of {', '.join(map(str, _VGG_STAGES))}, not {depth!r}")
@@ -139,8 +146,8 @@ def cifar_vgg(
             layers[f"pool{stage - 1}"] = nn.MaxPool2d(2)
         for place in range(1, convs + 1):
             out = max(8, round(width * (64, 128, 256, 512, 512)[stage - 1]))
-            layers[f"conv{stage}_{place}"] = _conv3x3(channels, out)
-            layers[f"bn{stage}_{place}"] = nn.BatchNorm2d(out)
+            layers[f"conv{stage}_{place}"] = _conv(channels, out, 3)
+            layers[f"bn{stage}_{place}"] = _norm(out, scale_init)
             layers[f"relu{stage}_{place}"] = nn.ReLU(inplace=True)
             channels = out
     layers |= {"pool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten()}
@@ -149,17 +156,17 @@ def cifar_vgg(
 
 
 class _BasicBlock(nn.Module):
-    def __init__(self, in_channels: int, channels: int, stride: int):
+    def __init__(self, in_channels: int, channels: int, stride: int, scale_init: float):
         super().__init__()
-        self.conv1 = _conv3x3(in_channels, channels, stride)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = _conv3x3(channels, channels)
-        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv1 = _conv(in_channels, channels, 3, stride)
+        self.bn1 = _norm(channels, scale_init)
+        self.conv2 = _conv(channels, channels, 3)
+        self.bn2 = _norm(channels, scale_init)
         self.relu = nn.ReLU(inplace=True)
         self.shortcut = nn.Sequential()
         if stride != 1 or in_channels != channels:
             projection = nn.Conv2d(in_channels, channels, 1, stride, bias=False)
-            self.shortcut = nn.Sequential(projection, nn.BatchNorm2d(channels))
+            self.shortcut = nn.Sequential(projection, _norm(channels, scale_init))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         inner = self.relu(self.bn1(self.conv1(images)))
@@ -167,37 +174,112 @@ class _BasicBlock(nn.Module):
 
 
 def cifar_resnet(
-    *, num_classes: int, in_channels: int, depth: int = 20, width: int = 16
+    *,
+    num_classes: int,
+    in_channels: int,
+    depth: int = 20,
+    width: int = 16,
+    scale_init: float = 1.0,
 ) -> nn.Sequential:
     """The ResNet for small images of He et al., arXiv 1512.03385, section 4.2.
 
     Three stages of (depth - 2) / 6 blocks with `width`, 2 and 4 times `width` channels. Where the
     shape changes the shortcut is a projection (option B of the paper), because the paper's zero
-    padding (option A) would tie channels of different stages to each other by position. Raises
-    `ValueError` on a depth that is not 6n+2 and a width below 1.
+    padding (option A) would tie channels of different stages to each other by position.
+    `scale_init` is every BatchNorm scale (gamma) at the start. Raises `ValueError` on a depth that
+    is not 6n+2, a width below 1 and a `scale_init` that is not above 0.
     """
     if depth < 8 or depth % 6 != 2:
         raise ValueError(f"depth must be 6n+2, as 8, 14, 20, 32, 44, 56 or 110, not {depth!r}")
-    if not isinstance(width, int) or width < 1:
-        raise ValueError(f"width must be a whole number, at least 1, not {width!r}")
-    layers = [_conv3x3(in_channels, width), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+    _check_width(width)
+    layers = [_conv(in_channels, width, 3), _norm(width, scale_init), nn.ReLU(inplace=True)]
     channels = width
     for stage in range(3):
         for block in range((depth - 2) // 6):
             stride = 2 if stage and not block else 1
-            layers.append(_BasicBlock(channels, width * 2**stage, stride))
+            layers.append(_BasicBlock(channels, width * 2**stage, stride, scale_init))
             channels = width * 2**stage
     layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes)]
     return nn.Sequential(*layers)
 
 
-def _conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
-    conv = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
+class _PreactivationBlock(nn.Module):
+    def __init__(self, in_channels: int, channels: int, stride: int, scale_init: float):
+        super().__init__()
+        self.bn1 = _norm(in_channels, scale_init)
+        self.conv1 = _conv(in_channels, channels, 1)
+        self.bn2 = _norm(channels, scale_init)
+        self.conv2 = _conv(channels, channels, 3, stride)
+        self.bn3 = _norm(channels, scale_init)
+        self.conv3 = _conv(channels, 4 * channels, 1)
+        self.relu = nn.ReLU(inplace=True)
+        self.projection = None
+        if stride != 1 or in_channels != 4 * channels:
+            self.projection = _conv(in_channels, 4 * channels, 1, stride)
+
+    def forward(self, stream: torch.Tensor) -> torch.Tensor:
+        inner = self.relu(self.bn1(stream))
+        if self.projection is not None:
+            stream = self.projection(inner)
+        inner = self.relu(self.bn2(self.conv1(inner)))
+        inner = self.relu(self.bn3(self.conv2(inner)))
+        return stream + self.conv3(inner)
+
+
+def cifar_preresnet(
+    *,
+    num_classes: int,
+    in_channels: int,
+    depth: int = 101,
+    width: int = 16,
+    scale_init: float = 1.0,
+) -> nn.Sequential:
+    """The pre-activation ResNet of bottleneck blocks of He et al. 2016, arXiv 1603.05027.
+
+    Three stages of (depth - 2) / 9 blocks, which compute in `width`, 2 and 4 times `width` channels
+    and add to a stream of 4 times as many. A stage's first block shares its first BatchNorm and
+    ReLU between the convolutions and the projection, as in the code of the paper; so a channel of
+    the stream is only ever read behind a BatchNorm and can be removed. The early-bird paper's code
+    projects the bare stream, and drops a channel of it for one block while others read it.
+    `scale_init` is every BatchNorm scale (gamma) at the start. Raises `ValueError` on a depth that
+    is not 9n+2, a width below 1 and a `scale_init` that is not above 0.
+    """
+    if depth < 11 or depth % 9 != 2:
+        raise ValueError(f"depth must be 9n+2, as 11, 20, 29, 56, 101 or 164, not {depth!r}")
+    _check_width(width)
+    layers: list[nn.Module] = [_conv(in_channels, width, 3)]
+    channels = width
+    for stage in range(3):
+        for block in range((depth - 2) // 9):
+            stride = 2 if stage and not block else 1
+            layers.append(_PreactivationBlock(channels, width * 2**stage, stride, scale_init))
+            channels = 4 * width * 2**stage
+    layers += [_norm(channels, scale_init), nn.ReLU(inplace=True)]
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes)]
+    return nn.Sequential(*layers)
+
+
+def _check_width(width: object):
+    if not isinstance(width, int) or width < 1:
+        raise ValueError(f"width must be a whole number, at least 1, not {width!r}")
+
+
+def _conv(in_channels: int, out_channels: int, size: int, stride: int = 1) -> nn.Conv2d:
+    conv = nn.Conv2d(in_channels, out_channels, size, stride, padding=size // 2, bias=False)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     return conv
 
 
+def _norm(channels: int, scale_init: float) -> nn.BatchNorm2d:
+    if not scale_init > 0:
+        raise ValueError(f"scale_init must be above 0, not {scale_init!r}")
+    norm = nn.BatchNorm2d(channels)
+    nn.init.constant_(norm.weight, scale_init)
+    return norm
+
+
 _BUILT_IN: dict[str, Callable[..., nn.Module]] = {
+    "cifar_preresnet": cifar_preresnet,
     "cifar_resnet": cifar_resnet,
     "cifar_vgg": cifar_vgg,
 }
@@ -205,6 +287,8 @@ _BUILT_IN: dict[str, Callable[..., nn.Module]] = {
 
 def _find_builder(name: str) -> Callable[..., Any]:
     """What to call as `builder(num_classes=..., in_channels=..., **options)`."""
+    if name.startswith("timm/"):
+        return _timm(name)
     if ":" in name:
         return _users_own(name)
     if name in _BUILT_IN:
@@ -215,29 +299,43 @@ def _find_builder(name: str) -> Callable[..., Any]:
         raise InputError("network.name", name, REFUSED[name])
     near = difflib.get_close_matches(name, [*_BUILT_IN, *TORCHVISION], n=1)
     hint = f"did you mean {near[0]}?" if near else "there is no such network;"
-    choices = f"{', '.join(_BUILT_IN)}, networks of torchvision with BatchNorm2d"
+    choices = f"{', '.join(_BUILT_IN)}, networks of torchvision with BatchNorm2d, timm/..."
     allowed = f"{hint} There are {choices}, and your own as package.module:function"
     raise InputError("network.name", name, allowed)
 
 
 def _torchvision(name: str, *, num_classes: int, in_channels: int, **options: Any) -> nn.Module:
-    # For a question that only its detection operators ask, torchvision imports torch._dynamo: 4 s.
-    answer = SimpleNamespace(is_compile_supported=lambda device: False)  # noqa: ARG005
-    lent = sys.modules.setdefault("torch._dynamo.utils", answer)  # type: ignore[arg-type]
-    try:
-        from torchvision.models import get_model
-    finally:
-        if lent is answer:
-            del sys.modules["torch._dynamo.utils"]
-
     fixed = {}
     if name in ("googlenet", "inception_v3"):
         # Auxiliary heads would make the output a tuple.
         fixed = {"aux_logits": False, "init_weights": True}
-    built = get_model(name, weights=None, num_classes=num_classes, **fixed, **options)
+    built = torchvision("models").get_model(
+        name, weights=None, num_classes=num_classes, **fixed, **options
+    )
     if in_channels != 3:
         _widen_stem(built, in_channels)
     return built
+
+
+def _timm(name: str) -> Callable[..., nn.Module]:
+    """What builds the network `timm/...` with new weights."""
+    try:
+        import timm
+    except ImportError as error:
+        allowed = f"needs the extra timm: pip install 'raytickets[timm]' ({error})"
+        raise InputError("network.name", name, allowed) from error
+    wanted = name.removeprefix("timm/")
+    # Another name could be one of timm's Hub, or a file, with weights to load.
+    if not timm.is_model(wanted):
+        near = difflib.get_close_matches(wanted, timm.list_models(), n=1)
+        hint = f", did you mean timm/{near[0]}?" if near else ""
+        raise InputError("network.name", name, f"timm {timm.__version__} has no such network{hint}")
+
+    def build(*, num_classes: int, in_channels: int, **options: Any) -> nn.Module:
+        shape = {"num_classes": num_classes, "in_chans": in_channels}
+        return timm.create_model(wanted, pretrained=False, checkpoint_path=None, **shape, **options)
+
+    return build
 
 
 def _widen_stem(network: nn.Module, in_channels: int):

@@ -1,24 +1,27 @@
-"""What a sweep is going to do, checked before Ray starts and with nothing slow to import."""
+"""What a sweep or a comparison will do, checked before Ray starts, nothing slow imported."""
 
 import contextlib
+import itertools
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from raytickets.config import InputError, SearchSpace
+from raytickets.config import InputError, Range, SearchSpace
 from raytickets.journal import Event
 from raytickets.sweep import Sweep
 
 if TYPE_CHECKING:
     from raytickets.data import DataSet, Shape
 
+Kind = Literal["sweep", "comparison"]
+
 
 @dataclass(frozen=True)
 class Plan:
-    """A sweep whose input can be used; `opening` is the journal's first event."""
+    """A sweep or comparison whose input can be used; `opening` is the journal's first event."""
 
     space: SearchSpace
     folder: Path
@@ -27,41 +30,54 @@ class Plan:
 
 
 def make_plan(
-    space: SearchSpace, *, name: str | None = None, storage: str | Path = "sweeps"
+    space: SearchSpace,
+    *,
+    name: str | None = None,
+    storage: str | Path = "sweeps",
+    kind: Kind = "sweep",
 ) -> Plan:
     """Check folder, network and data, and read the data; InputError if something cannot be used."""
-    name = name or f"{space.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = name or default_name(space, kind)
     folder = _writable_folder(storage, name)
     try:
-        return _checked(space, folder)
+        return _checked(space, folder, kind)
     except InputError:
         with contextlib.suppress(OSError):
             folder.rmdir()  # Only if nothing is in it.
         raise
 
 
-def _checked(space: SearchSpace, folder: Path) -> Plan:
-    before = _opening(folder, space)
+def default_name(space: SearchSpace, kind: Kind) -> str:
+    """The space and the time, and what is not a sweep says so."""
+    middle = "" if kind == "sweep" else f"{kind}-"
+    return f"{space.name}-{middle}{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def _checked(space: SearchSpace, folder: Path, kind: Kind) -> Plan:
+    before = _opening(folder, space, kind)
+    proposals = _extreme_proposals(space) if kind == "sweep" else []
+    for changes in proposals:
+        with _proposed(changes):
+            space.with_changes(changes)
 
     # torch takes seconds to import: what needs none is refused before it.
     from raytickets.data import describe, load_data
     from raytickets.ticket import package_versions
 
     # Names and one image are enough to judge the network, and reading all images may take long.
-    summary = _check_network(space, describe(space.data))
+    shape = describe(space.data)
+    summary = _check_network(space, shape)
+    for changes in proposals:
+        if any(name.startswith("network.") for name in changes):
+            with _proposed(changes):
+                _check_network(space.with_changes(changes), shape)
     dataset = load_data(space.data)
-    for name in ("training", "proof", "retraining"):
-        batch = getattr(space, name).batch_size
-        if batch > len(dataset.train):
-            allowed = f"must be at most {len(dataset.train)}, the number of training images"
-            raise InputError(f"{name}.batch_size", batch, allowed)
-    batches = len(dataset.train) // space.training.batch_size
-    if space.stop_rule.checks_per_epoch > batches:
-        checks = space.stop_rule.checks_per_epoch
-        allowed = f"must be at most {batches}, the batches of an epoch"
-        raise InputError("stop_rule.checks_per_epoch", checks, allowed)
+    _check_batches(space, len(dataset.train))
+    for changes in proposals:
+        with _proposed(changes):
+            _check_batches(space.with_changes(changes), len(dataset.train))
     opening = {
-        "event": "sweep",
+        "event": kind,
         "name": folder.name,
         "space": space.as_dict(),
         "fingerprint": space.fingerprint,
@@ -73,10 +89,16 @@ def _checked(space: SearchSpace, folder: Path) -> Plan:
             "test": len(dataset.test),
         },
         "versions": package_versions(),
+        **(_compared(space) if kind == "comparison" else {}),
     }
     if before is not None and before["data"] != opening["data"]:
-        allowed = "the images are not those that the sweep began with; choose a new name"
+        allowed = f"the images are not those that the {kind} began with; choose a new name"
         raise InputError("data.path", space.data.path, allowed)
+    if space.optuna and kind == "sweep":
+        from raytickets.study import check_study
+
+        events = Sweep(folder).events() if before else []
+        check_study(space, folder, dataset.fingerprint, events)
     return Plan(space, folder, dataset, before or opening)
 
 
@@ -96,16 +118,34 @@ def _writable_folder(storage: str | Path, name: str) -> Path:
     return folder
 
 
-def _opening(folder: Path, space: SearchSpace) -> Event | None:
-    """The first event of a sweep to go on with, None for a new one."""
+def _compared(space: SearchSpace) -> Event:
+    """What `SearchSpace.comparison` comes to."""
+    from raytickets import methods
+
+    if space.comparison.rewind >= space.retraining.epochs:
+        allowed = f"must be below retraining.epochs, which is {space.retraining.epochs}"
+        raise InputError("comparison.rewind", space.comparison.rewind, allowed)
+    return {
+        "penalty": methods.penalty(space),
+        "prune_ratios": list(methods.prune_ratios(space)),
+        "seeds": list(space.comparison.seeds),
+        "methods": list(space.comparison.methods),
+    }
+
+
+def _opening(folder: Path, space: SearchSpace, kind: Kind) -> Event | None:
+    """The first event of what the folder holds already, None for a new one."""
     sweep = Sweep(folder)
     if not (folder / "journal.jsonl").exists() or not sweep.events():
         return None
     opening = sweep.opening()
+    if opening["event"] != kind:
+        allowed = f"it is a {opening['event']}'s, and this is a {kind}; choose a new name"
+        raise InputError("name", folder.name, allowed)
     if opening["fingerprint"] != space.fingerprint:
         before, now = _fields(opening["space"]), _fields(space.as_dict())
         changed = [name for name in before | now if before.get(name) != now.get(name)]
-        allowed = f"this sweep began with another {', '.join(changed)}; choose a new name"
+        allowed = f"this {kind} began with another {', '.join(changed)}; choose a new name"
         raise InputError("name", folder.name, allowed)
     return opening
 
@@ -117,6 +157,51 @@ def _fields(space: Mapping[str, Any]) -> dict[str, Any]:
         part = value if isinstance(value, Mapping) else {"": value}
         fields |= {f"{name}.{inner}".rstrip("."): entry for inner, entry in part.items()}
     return fields
+
+
+_TOGETHER = {
+    *("training.epochs", "training.batch_size"),
+    *("stop_rule.window", "stop_rule.checks_per_epoch"),
+}
+"""Fields that are judged by each other."""
+
+
+def _extreme_proposals(space: SearchSpace) -> list[dict[str, Any]]:
+    """Every choice that Optuna has and both ends of every range, alone and where it matters
+    together.
+    """
+    given = space.optuna.ranges if space.optuna else {}
+    ends = {n: (v.low, v.high) if isinstance(v, Range) else v for n, v in given.items()}
+    alone = [{name: value} for name, values in ends.items() for value in values]
+    together = [name for name in ends if name in _TOGETHER]
+    corners = itertools.product(*(ends[name] for name in together))
+    return alone + [dict(zip(together, corner, strict=True)) for corner in corners]
+
+
+@contextlib.contextmanager
+def _proposed(changes: Mapping[str, Any]) -> Iterator[None]:
+    """A refusal in here is one of what Optuna may propose."""
+    try:
+        yield
+    except InputError as error:
+        field, _, allowed = error.args
+        if field == "optuna.ranges":  # It names what is no field of the space.
+            raise
+        shown = ", ".join(f"{name}={value!r}" for name, value in changes.items())
+        raise InputError("optuna.ranges", shown, f"{field} {allowed}") from error
+
+
+def _check_batches(space: SearchSpace, images: int) -> None:
+    for name in ("training", "proof", "retraining"):
+        batch = getattr(space, name).batch_size
+        if batch > images:
+            allowed = f"must be at most {images}, the number of training images"
+            raise InputError(f"{name}.batch_size", batch, allowed)
+    batches = images // space.training.batch_size
+    if space.stop_rule.checks_per_epoch > batches:
+        checks = space.stop_rule.checks_per_epoch
+        allowed = f"must be at most {batches}, the batches of an epoch"
+        raise InputError("stop_rule.checks_per_epoch", checks, allowed)
 
 
 def _check_network(space: SearchSpace, shape: "Shape") -> Event:

@@ -1,19 +1,26 @@
 """Figures of a sweep, from plain numbers; the only module that draws."""
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean, stdev
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
 from raytickets.config import StopRule
+from raytickets.halving import pareto_front
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#7F7F7F"
 COLORS = (BLUE, "#E69F00", GREEN, "#CC79A7", "#56B4E9", ORANGE, "#000000", "#8C6D31")
-DISTANCE = {"corrected": "mask distance (1 = chance)", "paper": "mask distance (share of channels)"}
+DISTANCE = {
+    "corrected": "mask distance (1 = chance)",
+    "paper": "mask distance (share of channels)",
+    "epi": "mask distance (1 - EPI)",
+}
 
 
 def distance_curve(
@@ -50,6 +57,53 @@ def distance_curve(
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     axes.set_title("How much the mask still changes", loc="left")
+    return figure
+
+
+def distance_matrix(
+    epochs: Sequence[float],
+    distances: Mapping[str, Sequence[Sequence[float]]],
+    draws: Mapping[str, float],
+    stop_rule: StopRule,
+) -> Figure:
+    """Distance between the masks of every two checks: one square for each prune ratio, the draw
+    marked (You et al. 2020, figure 3).
+
+    `epochs` are those of the checks, as fractions; `distances` maps a ratio to rows and columns in
+    their order; `draws` gives the epoch at which a ratio was drawn, for those that were.
+    """
+    columns = 2 if len(distances) == 4 else min(len(distances), 3)
+    rows = -(-len(distances) // columns)
+    figure = _figure(3.0 * columns + 1.2, 3.0 * rows + 0.8)
+    panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    highest = 1.0 if stop_rule.rule == "corrected" else max(map(_highest, distances.values()))
+    image = None
+    for place, axes in enumerate(panels.flat):
+        if place >= len(distances):
+            axes.set_axis_off()
+            continue
+        ratio = list(distances)[place]
+        values = np.array(distances[ratio])
+        style: dict[str, Any] = {"cmap": "cividis", "vmin": 0, "vmax": highest or 1.0}
+        image = axes.pcolormesh(epochs, epochs, values, shading="nearest", **style)
+        drawn = draws.get(ratio)
+        end = "not drawn" if drawn is None else f"drawn at epoch {drawn:g}"
+        axes.set_title(f"prune ratio {ratio}, {end}", loc="left", fontsize=9)
+        axes.set_aspect("equal")
+        axes.tick_params(labelbottom=place + columns >= len(distances))
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+        if drawn is not None:
+            axes.axvline(drawn, color="white", linewidth=1)
+            axes.axhline(drawn, color="white", linewidth=1)
+    panels[0, 0].invert_yaxis()  # All share it.
+    if image is not None:
+        extend = "max" if max(map(_highest, distances.values())) > highest else "neither"
+        bar = figure.colorbar(image, ax=panels, shrink=0.85, extend=extend)
+        bar.set_label(DISTANCE[stop_rule.rule])
+    figure.supxlabel("epoch of one mask", fontsize=10)
+    figure.supylabel("epoch of the other mask", fontsize=10)
+    figure.suptitle("How much the masks of every two checks differ", x=0.01, ha="left")
     return figure
 
 
@@ -135,6 +189,90 @@ def accuracy_against_macs(
         axes.grid(alpha=0.3)
     panels[0].legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(0.85, 0))
     return figure
+
+
+METHODS = {
+    "dense": (ORANGE, "D"),
+    "early_bird": (BLUE, "o"),
+    "early_bird_reinit": ("#56B4E9", "s"),
+    "low_precision": ("#000000", "p"),
+    "progressive": (GREEN, "^"),
+    "iterative": ("#8C6D31", "v"),
+    "lottery_ticket": ("#CC79A7", "P"),
+    "snip": ("#E69F00", "*"),
+    "random": (GREY, "X"),
+}
+"""A colour and a marker for each method of a comparison."""
+
+
+def methods_against_macs(runs: Sequence[Mapping[str, Any]]) -> Figure:
+    """Test accuracy against MACs: for each method and prune ratio the mean over seeds.
+
+    Takes what `comparison.runs` gives: of each, `method`, `prune_ratio`, `seed`, `macs` and
+    `test_accuracy`. Bars are one standard deviation; the dense network is a line too, and grey
+    circles are the Pareto front of the means.
+    """
+    figure = _figure(9, 5)
+    axes = figure.add_subplot()
+    means: list[tuple[float, float]] = []
+    places: dict[float, float] = {}
+    highest: dict[float, float] = {}
+    seeds: set[int] = set()
+    for method, (color, marker) in METHODS.items():
+        mine = [run for run in runs if run["method"] == method]
+        if not mine:
+            continue
+        seeds |= {run["seed"] for run in mine}
+        ratios = sorted({run["prune_ratio"] for run in mine})
+        groups = [[run for run in mine if run["prune_ratio"] == ratio] for ratio in ratios]
+        macs = [fmean(run["macs"] for run in group) for group in groups]
+        accuracies = [fmean(run["test_accuracy"] for run in group) for group in groups]
+        spreads = [
+            stdev(run["test_accuracy"] for run in group) if len(group) > 1 else 0.0
+            for group in groups
+        ]
+        means += zip(macs, accuracies, strict=True)
+        axes.errorbar(
+            macs,
+            accuracies,
+            spreads,
+            color=color,
+            marker=marker,
+            markersize=9 if marker == "*" else 6,
+            linewidth=0.8,
+            linestyle={"dense": "--", "random": ":"}.get(method, "-"),
+            elinewidth=1.2,
+            capsize=3,
+            label=method,
+        )
+        if method == "dense":
+            axes.axhline(accuracies[0], color=color, linestyle="--", linewidth=1, zorder=0)
+        for ratio, x, y, spread in zip(ratios, macs, accuracies, spreads, strict=True):
+            if method == "early_bird":
+                places[ratio] = x
+            highest[ratio] = max(highest.get(ratio, 0.0), y + spread)
+    for ratio, x in places.items():
+        style = {"textcoords": "offset points", "fontsize": 8, "ha": "center", "color": "#444444"}
+        axes.annotate(f"prune ratio {ratio:g}", (x, highest[ratio]), (0, 7), **style)
+    front = [means[place] for place in pareto_front([a for _, a in means], [m for m, _ in means])]
+    x, y = [macs for macs, _ in front], [accuracy for _, accuracy in front]
+    style = {"color": "#D0D0D0", "marker": "o", "markersize": 15, "linestyle": "none", "zorder": -1}
+    axes.plot(x, y, label="no other mean is better\nin both (Pareto front)", **style)
+    axes.set_xlabel("multiply-accumulates for one image (MACs)")
+    axes.set_ylabel("test accuracy")
+    axes.xaxis.set_major_formatter(EngFormatter())
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    many = f"mean over {len(seeds)} seeds, bars of one standard deviation"
+    axes.set_title(many if len(seeds) > 1 else "one seed", loc="left", fontsize=10)
+    figure.suptitle("Test accuracy against MACs, by method", x=0.01, ha="left")
+    return figure
+
+
+def _highest(rows: Sequence[Sequence[float]]) -> float:
+    return max(max(row) for row in rows)
 
 
 def _figure(width: float, height: float) -> Figure:

@@ -1,7 +1,6 @@
 """Retraining: winning tickets and the dense reference, data-parallel on Ray Train."""
 
 import contextlib
-import dataclasses
 import tempfile
 import threading
 import time
@@ -24,8 +23,8 @@ from raytickets.config import InputError, SearchSpace
 from raytickets.data import DataSet
 from raytickets.journal import Event
 from raytickets.models import build_network
-from raytickets.ticket import load_ticket, save_ticket
-from raytickets.train import SGD, accuracy, learning_rate, numerics, seeded, train
+from raytickets.ticket import load_ticket, save_retrained
+from raytickets.train import SGD, epoch_event, fit, numerics, retrained_event, seeded
 
 DENSE = "dense"
 """The run of the dense reference."""
@@ -136,52 +135,33 @@ def _retrain_one(
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     network = _starting_network(space, job, dataset)
-    macs, params = cost.macs(network, dataset.shape.example()), cost.params(network)
+    macs = cost.macs(network, dataset.shape.example())
     how = numerics(space.precision, space.channels_last, network, get_device())
     parallel = prepare_model(how.place(network))
     batches = Batches(dataset, space.data, get_device())
     optimizer = SGD(parallel, recipe.momentum, recipe.weight_decay)
-    batch_count = batches.count(recipe.batch_size)
     if state is not None:
         network.load_state_dict(state["network"])
         for velocity, saved in zip(optimizer.velocity, state["velocity"], strict=True):
             velocity.copy_(saved)
     first = 0 if state is None else state["epoch"]
-    for epoch in range(first, recipe.epochs):
-        order = seeded("retrain", space.seeds[0], epoch)
-        training = batches.training(recipe.batch_size, order, rank, world)
-        rates = [learning_rate(recipe, epoch + step / batch_count) for step in range(batch_count)]
-        loss = train(parallel, optimizer, training, rates, how)
+
+    def order(epoch: int) -> torch.Generator:
+        return seeded("retrain", space.seeds[0], epoch)
+
+    losses = fit(
+        parallel, optimizer, batches, recipe, order, how, first=first, worker=(rank, world)
+    )
+    for epoch, (_, loss) in enumerate(losses, start=first + 1):
         if rank == 0:
-            config["queue"].put(
-                {
-                    "event": "epoch",
-                    "run": job.run,
-                    "epoch": epoch + 1,
-                    "loss": loss,
-                    "validation_accuracy": accuracy(network, batches, "validation", how),
-                    "learning_rate": learning_rate(recipe, epoch),
-                }
-            )
-        _report(place, epoch + 1, network, optimizer)
+            event = epoch_event(job.run, epoch, loss, network, batches, recipe, how)
+            config["queue"].put(event)
+        _report(place, epoch, network, optimizer)
     if rank == 0:
-        # What a user loads computes in float32.
-        exact = dataclasses.replace(how, dtype=torch.float32)
-        event = {
-            "event": "retrained",
-            "run": job.run,
-            "path": None,
-            "macs": macs,
-            "params": params,
-            "epochs": recipe.epochs,
-            "validation_accuracy": accuracy(network, batches, "validation", exact),
-            "test_accuracy": accuracy(network, batches, "test", exact),
-            "train_macs": cost.training_macs(macs, recipe.epochs * batch_count * recipe.batch_size),
-            "seconds": time.monotonic() - started,
-            "num_workers": world,
-        }
+        event = retrained_event(job.run, started, network, macs, batches, recipe, how, world)
         if job.path is not None:
-            event["path"] = _save_retrained(config["sweep"], job, network, event)
+            ticket = save_retrained(config["sweep"] / "retrained", job.path, network, event)
+            event["path"] = str(ticket.path.relative_to(config["sweep"]))
         config["queue"].put(event)
 
 
@@ -195,25 +175,9 @@ def _starting_network(space: SearchSpace, job: Job, dataset: DataSet) -> nn.Modu
         )
     ticket = load_ticket(job.path, trust_code=True)
     if space.retraining.weights == "reinit":
-        return ticket.fresh_network(ticket.manifest["seed"])
+        # The ticket's own seed would give it back the weights that its trajectory began with.
+        return ticket.fresh_network(seeded("reinit", ticket.manifest["seed"]).initial_seed())
     return ticket.network()
-
-
-def _save_retrained(sweep: Path, job: Job, network: nn.Module, event: Event) -> str:
-    """A ticket again: the same mask with the weights it was retrained to."""
-    assert job.path is not None
-    manifest = dict(load_ticket(job.path).manifest)
-    for name in ("id", "schema", "files"):
-        del manifest[name]
-    manifest["retrained"] = {
-        "from": job.run,
-        "epochs": event["epochs"],
-        "num_workers": event["num_workers"],
-        "validation_accuracy": event["validation_accuracy"],
-        "test_accuracy": event["test_accuracy"],
-    }
-    ticket = save_ticket(sweep / "retrained", network.cpu(), manifest)
-    return str(ticket.path.relative_to(sweep))
 
 
 def _report(job: int, epoch: int, network: nn.Module, optimizer: SGD) -> None:

@@ -125,6 +125,27 @@ def scorer(network: nn.Module, groups: Sequence[ChannelGroup]) -> Callable[[], T
     return score
 
 
+def sensitivity(network: nn.Module, groups: Sequence[ChannelGroup]) -> Tensor:
+    """Each mask channel's sum of abs(weight * gradient) over the weights that write it.
+
+    Weights are those of Conv2d and Linear modules, as in SNIP (Lee et al. 2019, arXiv 1810.02340,
+    equation 6, before its normalisation, which changes no order); their gradients have to be there.
+    Returns float32 [sum of group widths] on the CPU, groups in the order given.
+    """
+    scores = []
+    for group in groups:
+        score = torch.zeros(group.width)
+        for part in group.parts:
+            if part.axis == "out":
+                weight = network.get_submodule(part.module).weight
+                assert isinstance(weight, nn.Parameter)
+                assert weight.grad is not None
+                written = (weight.detach() * weight.grad).abs().flatten(1).sum(1).float().cpu()
+                score.index_add_(0, torch.tensor(part.owners), written[list(part.channels)])
+        scores.append(score)
+    return torch.cat(scores)
+
+
 def mask_network(network: nn.Module, groups: Sequence[ChannelGroup], mask: Tensor):
     """Set gamma and beta of the dropped channels to 0, in place, so that they are exactly 0.
 

@@ -1,10 +1,11 @@
-"""A sweep on disk: its folder, its journal and the report made from them."""
+"""A sweep or a comparison on disk: its folder, its journal and the report made from them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from raytickets import comparison
 from raytickets.config import InputError, SearchSpace
 from raytickets.halving import proved
 from raytickets.journal import Event, read_journal
@@ -12,7 +13,7 @@ from raytickets.journal import Event, read_journal
 
 @dataclass(frozen=True)
 class Sweep:
-    """Everything one `raytickets search` found, in one folder.
+    """Everything one `raytickets search` or `raytickets compare` found, in one folder.
 
     The folder holds `journal.jsonl`, `tickets/<id>/`, `retrained/<id>/` and Ray's own files.
     """
@@ -34,8 +35,8 @@ class Sweep:
             raise InputError("sweep", str(self.path), f"its journal is damaged: {error}") from error
 
     def opening(self) -> Event:
-        """The journal's `sweep` event; InputError if there is none."""
-        for event in select(self.events(), "sweep"):
+        """The journal's `sweep` or `comparison` event; InputError if there is none."""
+        for event in self.events():
             return event
         raise InputError("sweep", str(self.path), "its journal is empty: it never began")
 
@@ -43,23 +44,35 @@ class Sweep:
         """The search space as it was when the sweep began."""
         return SearchSpace.from_dict(self.opening()["space"])
 
+    def failures(self) -> list[Event]:
+        """The `trajectory` events of those that failed, unless others have run in their place."""
+        last = {e["trajectory"]: e for e in select(self.events(), "trajectory")}.values()
+        failed = [event for event in last if event["state"] == "failed"]
+        optuna = self.opening()["event"] == "sweep" and self.space().optuna
+        return [] if optuna and len(last) - len(failed) >= optuna.trajectories else failed
+
     def report(self) -> dict[str, Any]:
         """What was found and what it cost, as plain JSON values.
 
-        `name`, `space`, `state` (done, failed or unfinished), `dense` and `winners` (rows),
-        `tickets` (see `halving.proved`), `trajectories` (every `trajectory` event), `search_macs`
-        (training of all trajectories and proofs), `sweep_cost` (all training of the sweep, without
-        the reference's own, relative to the reference's), and what `sweep_cost` would have been
-        with a trajectory for each prune ratio, which would draw the same tickets at the same
-        checks (`without_sharing`), and with every ticket retrained and none proved
-        (`without_halving`). A row has `run`, `path` (of the retrained ticket, relative to the
-        sweep), `penalty`, `prune_ratio`, `seed`, `draw_epoch`, `macs`, `params`, `proof_accuracy`,
+        Of a comparison it is what `raytickets.comparison.report` documents, of a sweep this:
+        `kind` ("sweep"), `name`, `space`, `state` (done, failed or unfinished), `dense` and
+        `winners` (rows), `tickets` (see `halving.proved`), `trajectories` (every `trajectory`
+        event), `search_macs` (training of all trajectories and proofs), `sweep_cost` (all training
+        of the sweep, without the reference's own, relative to the reference's), and what
+        `sweep_cost` would have been with a trajectory for each prune ratio, which would draw the
+        same tickets at the same checks (`without_sharing`), and with every ticket retrained and
+        none proved (`without_halving`). `proof_correlation` says how well proofs foretold
+        retraining: `spearman`, the rank correlation of the accuracy in the last proof and the
+        validation accuracy after retraining, over all `n` tickets that were retrained; null below
+        3. A row has `run`, `path` (of the retrained ticket, relative to the sweep), `penalty`,
+        `prune_ratio`, `seed`, `draw_epoch`, `macs`, `params`, `proof_accuracy`,
         `validation_accuracy`, `test_accuracy`, `train_macs` (its own retraining) and
         `relative_cost`: its retraining and an equal share of the whole search, relative to the
         reference's training. What is not known yet is null.
         """
-        events = self.events()
-        opening = self.opening()
+        opening, events = self.opening(), self.events()
+        if opening["event"] == "comparison":
+            return comparison.report(events)
         tickets = {e["ticket"]: e for e in proved(events)}
         trajectories = {e["trajectory"]: e for e in select(events, "trajectory")}
         # The sweep's own retraining, not what `raytickets retrain` did later by another recipe.
@@ -100,6 +113,7 @@ class Sweep:
             return macs / dense_macs if dense_macs else None
 
         return {
+            "kind": "sweep",
             "name": opening["name"],
             "space": opening["space"]["name"],
             "state": endings[-1]["state"] if endings else "unfinished",
@@ -111,6 +125,13 @@ class Sweep:
             "sweep_cost": relative(search_macs + own),
             "without_sharing": relative(unshared + proof_macs + own),
             "without_halving": relative(shared_macs + every * (dense_macs or 0)),
+            "proof_correlation": _rank_correlation(
+                [
+                    (tickets[run]["proof_accuracy"], event["validation_accuracy"])
+                    for run, event in retrained.items()
+                    if run in tickets
+                ]
+            ),
         }
 
 
@@ -125,6 +146,17 @@ def _unshared_macs(
         for event in trajectories
     ]
     return sum(drawn) + sum(others)
+
+
+def _rank_correlation(pairs: Sequence[tuple[float, float]]) -> dict[str, Any]:
+    """Spearman's, which is not defined where one side is all the same."""
+    proofs, finals = [proof for proof, _ in pairs], [final for _, final in pairs]
+    if len(pairs) < 3 or len(set(proofs)) == 1 or len(set(finals)) == 1:
+        return {"spearman": None, "n": len(pairs)}
+    from scipy.stats import spearmanr
+
+    found: Any = spearmanr(proofs, finals)
+    return {"spearman": float(found.statistic), "n": len(pairs)}
 
 
 def select(events: Iterable[Event], kind: str) -> list[Event]:

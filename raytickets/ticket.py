@@ -39,8 +39,10 @@ class Ticket:
     kept), `min_channels` (least, acted_on), `round_to`, `penalty`, `prune_ratio`, `learning_rate`,
     `seed`, `threads`, `precision` (bfloat16 or float32), `stop_rule` (rule, window, threshold,
     checks_per_epoch, distances), `draw` (check, and epoch as a fraction), `space` (name,
-    fingerprint), `data` (fingerprint), `macs`, `params`, `versions` and `files` (SHA-256 of each).
-    A retrained ticket also has `retrained`.
+    fingerprint), `data` (fingerprint), `macs`, `params`, `versions`, `files` (SHA-256 of each) and
+    `method`, the one of `raytickets.methods` that made it. `stop_rule` and `draw` are null where a
+    method does not draw, `learning_rate` where it does not train before retraining. A retrained
+    ticket also has `retrained`.
     """
 
     path: Path
@@ -152,6 +154,21 @@ def save_ticket(folder: Path, network: nn.Module, manifest: Mapping[str, Any]) -
         return Ticket(target, complete)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def save_retrained(
+    folder: Path, source: Path, network: nn.Module, event: Mapping[str, Any]
+) -> Ticket:
+    """Write the ticket at `source` again, with the weights that it was retrained to.
+
+    `event` is the journal's `retrained`. The network is moved to the CPU.
+    """
+    manifest = dict(load_ticket(source).manifest)
+    for name in ("id", "schema", "files"):
+        del manifest[name]
+    told = ("epochs", "num_workers", "validation_accuracy", "test_accuracy")
+    manifest["retrained"] = {"from": event["run"], **{name: event[name] for name in told}}
+    return save_ticket(folder, network.cpu(), manifest)
 
 
 def load_ticket(path: str | Path, *, trust_code: bool = False) -> Ticket:

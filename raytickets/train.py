@@ -1,16 +1,21 @@
 """The training loop: numerics, momentum SGD, the L1 penalty on BatchNorm scales, evaluation."""
 
+import dataclasses
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice, pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from raytickets import cost
 from raytickets.batches import Batches
 from raytickets.config import Precision, Training
+from raytickets.journal import Event
 
 
 def seeded(*purpose: object) -> torch.Generator:
@@ -43,21 +48,29 @@ class SGD:
 
     The kernel is that of torch.optim.SGD(fused=True). torch.optim itself imports torch._dynamo when
     its first optimizer is made: 5 s in every new worker.
+
+    Parameters and velocity in bfloat16 are updated in float32 and rounded back at random, so that
+    they are right on average (Gupta et al. 2015, arXiv 1502.02551): a step is often smaller than
+    the distance between two bfloat16 numbers, and rounding to the nearest would lose it. About half
+    of the BatchNorm scales would stay at 1.
     """
 
     def __init__(self, network: nn.Module, momentum: float, weight_decay: float):
         self.params: list[Tensor] = [p for p in network.parameters() if p.requires_grad]
         self.momentum, self.weight_decay = momentum, weight_decay
         self.velocity = [torch.zeros_like(parameter) for parameter in self.params]
+        self._generator = torch.Generator(self.params[0].device).manual_seed(0)
 
     @torch.no_grad()
     def step(self, rate: float) -> None:
         """Update every parameter from its gradient, then drop the gradients."""
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.params]
+        low = [*self.params, *self.velocity]
+        params, gradients, velocity = map(_widened, (self.params, gradients, self.velocity))
         torch._fused_sgd_(
-            self.params,
+            params,
             gradients,
-            self.velocity,
+            velocity if self.momentum else [],
             lr=rate,
             momentum=self.momentum,
             weight_decay=self.weight_decay,
@@ -66,8 +79,26 @@ class SGD:
             maximize=False,
             is_first_step=False,
         )
+        for kept, exact in zip(low, [*params, *velocity], strict=True):
+            if kept is not exact:
+                kept.copy_(round_at_random(exact, self._generator))
         for parameter in self.params:
             parameter.grad = None
+
+
+def _widened(tensors: list[Tensor]) -> list[Tensor]:
+    """Those in bfloat16 as float32, the others as they are."""
+    return [tensor.float() if tensor.dtype == torch.bfloat16 else tensor for tensor in tensors]
+
+
+def round_at_random(exact: Tensor, generator: torch.Generator) -> Tensor:
+    """Float32 numbers rounded to bfloat16 ones, up or down by chance, right on average.
+
+    The result is float32, and the generator of the same device.
+    """
+    # bfloat16 is float32 without the last 16 bits.
+    noise = torch.empty_like(exact, dtype=torch.int32).random_(0, 1 << 16, generator=generator)
+    return (exact.view(torch.int32) + noise).bitwise_and_(-1 << 16).view(torch.float32)
 
 
 @torch.no_grad()
@@ -84,20 +115,27 @@ class Numerics:
 
     device: torch.device
     dtype: torch.dtype
-    """Of convolutions and matrix products; weights, BatchNorm and the loss are float32 always."""
+    """Of convolutions and matrix products; the loss is float32 always."""
     channels_last: bool
+    weights: torch.dtype = torch.float32
+    """Of parameters and BatchNorm statistics, and so of gradients and the optimizer's velocity."""
 
     def place(self, network: nn.Module) -> nn.Module:
-        """Move a network to the device and into the memory layout, in place."""
+        """Move a network to the device, the memory layout and the weights' dtype, in place."""
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
-        return network.to(self.device, memory_format=layout)  # pyright: ignore[reportCallIssue]
+        return network.to(self.device, self.weights, memory_format=layout)  # pyright: ignore[reportCallIssue]
+
+    @property
+    def exact(self) -> "Numerics":
+        """The same in float32, which is what a user's loaded ticket computes in."""
+        return dataclasses.replace(self, dtype=torch.float32, weights=torch.float32)
 
     def logits(self, network: nn.Module, images: Tensor) -> Tensor:
         """The network's outputs, float32, for float32 images [N, C, H, W] on the device."""
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
-        images = images.contiguous(memory_format=layout)
-        if self.dtype == torch.float32:
-            return network(images)
+        images = images.to(self.weights).contiguous(memory_format=layout)
+        if self.dtype == self.weights:
+            return network(images).float()
         with torch.autocast(self.device.type, self.dtype):
             return network(images).float()
 
@@ -149,6 +187,38 @@ def train(
     return torch.stack(losses).double().mean().item()
 
 
+def fit(
+    network: nn.Module,
+    optimizer: SGD,
+    batches: Batches,
+    recipe: Training,
+    order: Callable[[int], torch.Generator],
+    numerics: Numerics,
+    *,
+    penalty: float = 0.0,
+    checks_per_epoch: int = 1,
+    first: int = 0,
+    worker: tuple[int, int] = (0, 1),
+) -> Iterator[tuple[int, float]]:
+    """Train a recipe from epoch `first` on.
+
+    Yields at every check, the last of which is at an epoch's end, the steps done since epoch 0 and
+    the mean loss since the last check. `order` gives the generator that shuffles an epoch, and
+    `worker` which of how many workers this one is.
+    """
+    count = batches.count(recipe.batch_size)
+    bounds = [count * check // checks_per_epoch for check in range(checks_per_epoch + 1)]
+    for epoch in range(first, recipe.epochs):
+        shuffled = batches.training(recipe.batch_size, order(epoch), *worker)
+        rates = [learning_rate(recipe, epoch + step / count) for step in range(count)]
+        for start, end in pairwise(bounds):
+            some = islice(shuffled, end - start)
+            loss = train(network, optimizer, some, rates[start:end], numerics, penalty)
+            if end == count:
+                next(shuffled, None)  # Processes that decode are only kept after an epoch's end.
+            yield epoch * count + end, loss
+
+
 @torch.no_grad()
 def accuracy(network: nn.Module, batches: Batches, split: str, numerics: Numerics) -> float:
     """The share of a split's images that the network labels right."""
@@ -158,3 +228,50 @@ def accuracy(network: nn.Module, batches: Batches, split: str, numerics: Numeric
         for images, labels in batches.evaluation(split)
     ]
     return torch.cat(right).double().mean().item()
+
+
+def epoch_event(
+    run: str,
+    epoch: int,
+    loss: float,
+    network: nn.Module,
+    batches: Batches,
+    recipe: Training,
+    numerics: Numerics,
+) -> Event:
+    """What is told of a retraining after `epoch` epochs."""
+    return {
+        "event": "epoch",
+        "run": run,
+        "epoch": epoch,
+        "loss": loss,
+        "validation_accuracy": accuracy(network, batches, "validation", numerics),
+        "learning_rate": learning_rate(recipe, epoch - 1),
+    }
+
+
+def retrained_event(
+    run: str,
+    started: float,
+    network: nn.Module,
+    macs: int,
+    batches: Batches,
+    recipe: Training,
+    numerics: Numerics,
+    num_workers: int = 1,
+) -> Event:
+    """What is told of a whole retraining that began at `started`; the one look at test images."""
+    samples = recipe.epochs * batches.count(recipe.batch_size) * recipe.batch_size
+    return {
+        "event": "retrained",
+        "run": run,
+        "path": None,
+        "macs": macs,
+        "params": cost.params(network),
+        "epochs": recipe.epochs,
+        "validation_accuracy": accuracy(network, batches, "validation", numerics.exact),
+        "test_accuracy": accuracy(network, batches, "test", numerics.exact),
+        "train_macs": cost.training_macs(macs, samples),
+        "seconds": time.monotonic() - started,
+        "num_workers": num_workers,
+    }

@@ -4,9 +4,9 @@ import copy
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import count, islice, pairwise
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from raytickets import cost
 from raytickets.batches import Batches
-from raytickets.config import SearchSpace
+from raytickets.config import SearchSpace, Training
 from raytickets.data import DataSet
 from raytickets.earlybird import MaskWindow, Verdict
 from raytickets.journal import Event
@@ -23,7 +23,7 @@ from raytickets.masks import cut, widen
 from raytickets.models import build_network
 from raytickets.shrink import ChannelGroup, channel_groups, gammas, scorer, shrink
 from raytickets.ticket import group_masks, kept_channels, load_ticket, package_versions, save_ticket
-from raytickets.train import SGD, Numerics, accuracy, cosine, learning_rate, numerics, seeded, train
+from raytickets.train import SGD, Numerics, accuracy, cosine, fit, numerics, seeded, train
 
 
 @dataclass(frozen=True)
@@ -66,17 +66,12 @@ class Setting:
     def dataset(self) -> DataSet:
         return self.batches.dataset
 
-    @property
-    def batch_count(self) -> int:
-        """Batches in an epoch of a trajectory."""
-        return self.batches.count(self.space.training.batch_size)
-
 
 def prepare(
     space: SearchSpace, dataset: DataSet, sweep: Path, device: torch.device | str = "cpu"
 ) -> Setting:
     """Do once what each trajectory of the sweep in this folder would do again."""
-    network, example = _dense_network(space, dataset, 0), dataset.shape.example()
+    network, example = dense_network(space, dataset, 0), dataset.shape.example()
     dense_macs = cost.macs(network, example)
     return Setting(
         space=space,
@@ -96,16 +91,50 @@ def at_point(setting: Setting, point: Point) -> Setting:
     space = setting.space.with_changes(point.changes)
     if space.network == setting.space.network:
         return dataclasses.replace(setting, space=space)
-    network, example = _dense_network(space, setting.dataset, 0), setting.dataset.shape.example()
+    network, example = dense_network(space, setting.dataset, 0), setting.dataset.shape.example()
     groups, macs = channel_groups(network, example), cost.macs(network, example)
     return dataclasses.replace(setting, space=space, groups=groups, dense_macs=macs)
 
 
-def _dense_network(space: SearchSpace, dataset: DataSet, seed: int) -> nn.Module:
+def dense_network(space: SearchSpace, dataset: DataSet, seed: int) -> nn.Module:
+    """The space's network with the weights of a seed, on the CPU."""
     shape = dataset.shape
     return build_network(
         space.network, in_channels=shape.channels, num_classes=len(shape.classes), seed=seed
     )
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """What tickets are searched with: for a sweep, or for a method of a comparison."""
+
+    setting: Setting
+    id: str
+    method: str
+    penalty: float
+    seed: int
+    recipe: Training | None
+    """None where nothing is trained before retraining."""
+    prune_ratios: tuple[float, ...]
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    started: float = field(default_factory=time.monotonic)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One look at a network in training."""
+
+    number: int
+    epoch: float
+    loss: float
+    samples: int
+    """Trained on so far."""
+    validation_accuracy: float | None
+    """None within an epoch."""
+    scores: Tensor
+    verdicts: Mapping[float, Verdict]
+    """By prune ratio; none once the loss or a score is not finite."""
+    last: bool
 
 
 def run_trajectory(setting: Setting, point: Point) -> Iterator[list[Event]]:
@@ -116,171 +145,263 @@ def run_trajectory(setting: Setting, point: Point) -> Iterator[list[Event]]:
     the last list how the trajectory ended.
     """
     setting = at_point(setting, point)
-    space, started = setting.space, time.monotonic()
-    network = setting.numerics.place(_dense_network(space, setting.dataset, point.seed))
-    score = scorer(network, setting.groups)
-    window = MaskWindow(space.stop_rule, space.prune_ratios)
-    states = dict.fromkeys(space.prune_ratios, "not converged")
-    state, reason = "not converged", ""
+    space = setting.space
+    trajectory = Trajectory(
+        setting=setting,
+        id=point.id,
+        method="early_bird",
+        penalty=point.penalty,
+        seed=point.seed,
+        recipe=space.training,
+        prune_ratios=space.prune_ratios,
+        changes=point.changes,
+    )
+    network = setting.numerics.place(dense_network(space, setting.dataset, point.seed))
 
-    for check, (steps, loss) in enumerate(_train(setting, point, network), start=1):
-        epoch = steps / setting.batch_count
-        spent = cost.training_macs(setting.dense_macs, steps * space.training.batch_size)
-        channel_scores = score()
-        events: list[Event] = []
-        if math.isfinite(loss) and channel_scores.isfinite().all():
-            # The published rule looks at every BatchNorm's channels, the masks at their groups.
-            paper = space.stop_rule.rule == "paper"
-            verdicts = window.check(gammas(network).cpu() if paper else channel_scores)
-            found = dict(zip(space.prune_ratios, verdicts, strict=True))
-            validation = None
-            if epoch.is_integer():
-                validation = accuracy(network, setting.batches, "validation", setting.numerics)
-            events.append(
-                {
-                    "event": "check",
-                    "trajectory": point.id,
-                    "check": check,
-                    "epoch": epoch,
-                    "loss": loss,
-                    "validation_accuracy": validation,
-                    "distances": {f"{r:g}": verdict.distance for r, verdict in found.items()},
-                    "about_to_draw": any(
-                        max(found[ratio].distances, default=math.inf) <= 2 * space.stop_rule.limit
-                        for ratio, state in states.items()
-                        if state != "drawn"
-                    ),
-                    "train_macs": spent,
-                    "seconds": time.monotonic() - started,
-                }
-            )
-            for ratio, verdict in found.items():
-                if verdict.converged and states[ratio] != "drawn":
-                    states[ratio] = "drawn"
-                    draw = _Draw(setting, point, ratio, check, epoch, verdict)
-                    events.append(_draw(draw, network, channel_scores))
+    def draw(check: Check, ratios: Sequence[float]) -> Iterator[Event]:
+        for ratio in ratios:
+            mask, chosen = cut_groups(setting, check.scores, ratio)
+            shrunk = shrink(network, setting.groups, mask)
+            event = write_ticket(trajectory, "early_bird", ratio, shrunk, mask, chosen, check)
+            right, macs = _fine_tune(setting, shrunk, event["macs"], point.seed, rung=1)
+            yield event | {"proof_accuracy": right, "proof_macs": macs}
+
+    yield from until_drawn(trajectory, network, converged, draw)
+
+
+def converged(check: Check, ratio: float) -> bool:
+    return check.verdicts[ratio].converged
+
+
+def until_drawn(
+    trajectory: Trajectory,
+    network: nn.Module,
+    due: Callable[[Check, float], bool],
+    draw: Callable[[Check, Sequence[float]], Iterable[Event]],
+) -> Iterator[list[Event]]:
+    """Train until every prune ratio was due once, and draw it then.
+
+    Yields after every check its event and those of `draw`, and in the last list how it ended.
+    """
+    window, epochs = mask_window(trajectory), []
+    states = dict.fromkeys(trajectory.prune_ratios, "not converged")
+    for check in checks(trajectory, network, window):
+        epochs.append(check.epoch)
+        state, reason, events = "not converged", "", []
+        if check.verdicts:
+            events.append(_check_event(trajectory, check, states))
+            waiting = [ratio for ratio in trajectory.prune_ratios if states[ratio] != "drawn"]
+            drawn = [ratio for ratio in waiting if due(check, ratio)]
+            states |= dict.fromkeys(drawn, "drawn")
+            events += draw(check, drawn)
             if set(states.values()) == {"drawn"}:
                 state = "drawn"
         else:
-            state, reason = "diverged", f"the loss was {loss} in epoch {math.ceil(epoch)}"
+            state, reason = "diverged", diverged(check)
             states = {ratio: "drawn" if s == "drawn" else state for ratio, s in states.items()}
-        ended = state != "not converged" or epoch == space.training.epochs
+        ended = state != "not converged" or check.last
         if ended:
-            events.append(
-                {
-                    "event": "trajectory",
-                    "trajectory": point.id,
-                    "penalty": point.penalty,
-                    "seed": point.seed,
-                    "state": state,
-                    "reason": reason,
-                    "epochs": epoch,
-                    "train_macs": spent,
-                    "seconds": time.monotonic() - started,
-                    "ratios": {f"{ratio:g}": s for ratio, s in states.items()},
-                }
-            )
+            end = ending(trajectory, state, states, check.epoch, spent(trajectory, check), reason)
+            numbers, matrices = window.matrix()
+            end["distances_matrix"] = {
+                "epochs": [epochs[number - 1] for number in numbers],
+                "ratios": {f"{ratio:g}": rows for ratio, rows in matrices.items()},
+            }
+            events.append(end)
         yield events
         if ended:
             return
 
 
-def _train(setting: Setting, point: Point, network: nn.Module) -> Iterator[tuple[int, float]]:
-    """Train the budget: at every check the steps done so far, and the mean loss since the last."""
-    recipe, batch_count = setting.space.training, setting.batch_count
-    optimizer = SGD(network, recipe.momentum, recipe.weight_decay)
-    checks = setting.space.stop_rule.checks_per_epoch
-    bounds = [batch_count * check // checks for check in range(checks + 1)]
-    for epoch in range(recipe.epochs):
-        order = seeded("trajectory", point.seed, epoch)
-        batches = setting.batches.training(recipe.batch_size, order)
-        rates = [learning_rate(recipe, epoch + step / batch_count) for step in range(batch_count)]
-        for start, end in pairwise(bounds):
-            some = islice(batches, end - start)
-            penalty, how = point.penalty, setting.numerics
-            loss = train(network, optimizer, some, rates[start:end], how, penalty)
-            yield epoch * batch_count + end, loss
+def mask_window(trajectory: Trajectory) -> MaskWindow:
+    widths = [group.width for group in trajectory.setting.groups]
+    return MaskWindow(trajectory.setting.space.stop_rule, trajectory.prune_ratios, widths)
 
 
-@dataclass(frozen=True)
-class _Draw:
-    setting: Setting
-    point: Point
-    ratio: float
-    check: int
-    epoch: float
-    verdict: Verdict
+def checks(trajectory: Trajectory, network: nn.Module, window: MaskWindow) -> Iterator[Check]:
+    """Train the network by the trajectory's recipe, to the end or until it diverges."""
+    setting, recipe = trajectory.setting, trajectory.recipe
+    assert recipe is not None
+    rule, batches, how = setting.space.stop_rule, setting.batches, setting.numerics
+    score = scorer(network, setting.groups)
+    losses = fit(
+        network,
+        SGD(network, recipe.momentum, recipe.weight_decay),
+        batches,
+        recipe,
+        lambda epoch: seeded("trajectory", trajectory.seed, epoch),
+        how,
+        penalty=trajectory.penalty,
+        checks_per_epoch=rule.checks_per_epoch,
+    )
+    for number, (steps, loss) in enumerate(losses, start=1):
+        epoch = steps / batches.count(recipe.batch_size)
+        scores, verdicts, validation = score(), {}, None
+        finite = math.isfinite(loss) and bool(scores.isfinite().all())
+        if finite:
+            # The published rule looks at every BatchNorm's channels, the masks at their groups.
+            seen = gammas(network).cpu() if rule.rule == "paper" else scores
+            verdicts = dict(zip(trajectory.prune_ratios, window.check(seen), strict=True))
+            if epoch.is_integer():
+                validation = accuracy(network, batches, "validation", how)
+        yield Check(
+            number=number,
+            epoch=epoch,
+            loss=loss,
+            samples=steps * recipe.batch_size,
+            validation_accuracy=validation,
+            scores=scores,
+            verdicts=verdicts,
+            last=not finite or epoch == recipe.epochs,
+        )
+        if not finite:
+            return
 
 
-def _draw(draw: _Draw, network: nn.Module, channel_scores: Tensor) -> Event:
-    """Write the ticket, then prove it; the event that tells of both."""
-    setting, space = draw.setting, draw.setting.space
-    dataset, groups = setting.dataset, setting.groups
-    widths = [group.width for group in groups]
-    chosen = cut(channel_scores, draw.ratio)
-    mask = widen(chosen, channel_scores, widths, least=space.min_channels, multiple=space.round_to)
-    floored = [
-        group.name
-        for group, part in zip(groups, chosen.split(widths), strict=True)
-        if part.sum() < min(space.min_channels, group.width)
-    ]
-    shrunk = shrink(network, groups, mask)
-    macs = cost.macs(shrunk, dataset.shape.example().to(setting.numerics.device))
-    params = cost.params(shrunk)
+def diverged(check: Check) -> str:
+    """Why a check has no verdicts."""
+    return f"the loss was {check.loss} in epoch {math.ceil(check.epoch)}"
+
+
+def spent(trajectory: Trajectory, check: Check) -> int:
+    """Training MACs up to a check."""
+    return cost.training_macs(trajectory.setting.dense_macs, check.samples)
+
+
+def _check_event(trajectory: Trajectory, check: Check, states: Mapping[float, str]) -> Event:
+    limit = trajectory.setting.space.stop_rule.limit
+    return {
+        "event": "check",
+        "trajectory": trajectory.id,
+        "check": check.number,
+        "epoch": check.epoch,
+        "loss": check.loss,
+        "validation_accuracy": check.validation_accuracy,
+        "distances": {f"{r:g}": verdict.distance for r, verdict in check.verdicts.items()},
+        "about_to_draw": any(
+            verdict.distance is not None and verdict.distance <= 2 * limit
+            for ratio, verdict in check.verdicts.items()
+            if states[ratio] != "drawn"
+        ),
+        "train_macs": spent(trajectory, check),
+        "seconds": time.monotonic() - trajectory.started,
+    }
+
+
+def ending(
+    trajectory: Trajectory,
+    state: str,
+    states: Mapping[float, str],
+    epochs: float,
+    train_macs: int,
+    reason: str = "",
+) -> Event:
+    """The event of a trajectory's end."""
+    return {
+        "event": "trajectory",
+        "trajectory": trajectory.id,
+        "method": trajectory.method,
+        "penalty": trajectory.penalty,
+        "seed": trajectory.seed,
+        "changes": dict(trajectory.changes),
+        "state": state,
+        "reason": reason,
+        "epochs": epochs,
+        "train_macs": train_macs,
+        "seconds": time.monotonic() - trajectory.started,
+        "ratios": {f"{ratio:g}": state for ratio, state in states.items()},
+        "distances_matrix": {"epochs": [], "ratios": {}},
+    }
+
+
+def cut_groups(setting: Setting, scores: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
+    """The mask of a ticket, and what the cut chose before the space's floor and rounding.
+
+    scores is float [channels over all groups]; both are bool of that shape.
+    """
+    space, widths = setting.space, [group.width for group in setting.groups]
+    chosen = cut(scores, ratio)
+    mask = widen(chosen, scores, widths, least=space.min_channels, multiple=space.round_to)
+    return mask, chosen
+
+
+def write_ticket(
+    trajectory: Trajectory,
+    method: str,
+    ratio: float,
+    shrunk: nn.Module,
+    mask: Tensor,
+    chosen: Tensor,
+    check: Check | None = None,
+) -> Event:
+    """Write the shrunk network of a mask as a ticket; its event, but for what it cost.
+
+    `check` is the one it was drawn at, if it was. The network is left as it is.
+    """
+    setting, space, recipe = trajectory.setting, trajectory.setting.space, trajectory.recipe
+    shape, groups = setting.dataset.shape, setting.groups
+    parts = chosen.split([group.width for group in groups])
+    verdict = check and check.verdicts[ratio]
+    network = copy.deepcopy(shrunk).cpu().float()
+    found = {
+        "penalty": trajectory.penalty,
+        "prune_ratio": ratio,
+        "learning_rate": recipe and recipe.learning_rate,
+        "seed": trajectory.seed,
+        "macs": cost.macs(network, shape.example()),
+        "params": cost.params(network),
+    }
     ticket = save_ticket(
         setting.sweep / "tickets",
-        copy.deepcopy(shrunk).cpu(),
+        network,
         {
+            "method": method,
             "network": {
                 "name": space.network.name,
                 "options": dict(space.network.options),
-                "in_channels": dataset.shape.channels,
-                "num_classes": len(dataset.shape.classes),
-                "image_size": dataset.shape.size,
+                "in_channels": shape.channels,
+                "num_classes": len(shape.classes),
+                "image_size": shape.size,
             },
             "groups": group_masks(groups, mask, chosen),
-            "min_channels": {"least": space.min_channels, "acted_on": floored},
+            "min_channels": {
+                "least": space.min_channels,
+                "acted_on": [
+                    group.name
+                    for group, part in zip(groups, parts, strict=True)
+                    if part.sum() < min(space.min_channels, group.width)
+                ],
+            },
             "round_to": space.round_to,
-            "penalty": draw.point.penalty,
-            "prune_ratio": draw.ratio,
-            "learning_rate": space.training.learning_rate,
-            "seed": draw.point.seed,
             "threads": torch.get_num_threads(),
             "precision": str(setting.numerics.dtype).removeprefix("torch."),
-            "stop_rule": {
+            "stop_rule": verdict
+            and {
                 "rule": space.stop_rule.rule,
                 "window": space.stop_rule.window,
                 "threshold": space.stop_rule.limit,
                 "checks_per_epoch": space.stop_rule.checks_per_epoch,
-                "distances": list(draw.verdict.distances),
+                "distances": list(verdict.distances),
             },
-            "draw": {"check": draw.check, "epoch": draw.epoch},
+            "draw": check and {"check": check.number, "epoch": check.epoch},
             "space": {"name": space.name, "fingerprint": space.fingerprint},
-            "data": {"fingerprint": dataset.fingerprint},
-            "macs": macs,
-            "params": params,
+            "data": {"fingerprint": setting.dataset.fingerprint},
             "versions": package_versions(),
+            **found,
         },
     )
-    proof_accuracy, proof_macs = _fine_tune(setting, shrunk, macs, draw.point.seed, rung=1)
     return {
         "event": "ticket",
-        "trajectory": draw.point.id,
+        "trajectory": trajectory.id,
         "ticket": ticket.id,
         "path": str(ticket.path.relative_to(setting.sweep)),
-        "penalty": draw.point.penalty,
-        "prune_ratio": draw.ratio,
-        "learning_rate": space.training.learning_rate,
-        "seed": draw.point.seed,
-        "rule": space.stop_rule.rule,
-        "draw_check": draw.check,
-        "draw_epoch": draw.epoch,
-        "mask_distance": draw.verdict.distance,
-        "macs": macs,
-        "params": params,
+        "method": method,
+        "rule": verdict and space.stop_rule.rule,
+        "draw_check": check and check.number,
+        "draw_epoch": check and check.epoch,
+        "mask_distance": verdict and verdict.distance,
         "kept": kept_channels(ticket.manifest),
-        "proof_accuracy": proof_accuracy,
-        "proof_macs": proof_macs,
+        **found,
     }
 
 

@@ -57,6 +57,7 @@ def ticket(
         "trajectory": trajectory,
         "ticket": id,
         "path": f"tickets/{id}",
+        "method": "early_bird",
         "penalty": 1e-4 if trajectory == LOW else 1e-3,
         "prune_ratio": ratio,
         "learning_rate": 0.1,
@@ -88,14 +89,17 @@ def trajectory(id: str, state: str, macs: int, ratios: dict[str, str], reason: s
     return {
         "event": "trajectory",
         "trajectory": id,
+        "method": "early_bird",
         "penalty": 1e-4 if id == LOW else 1e-3,
         "seed": 0,
+        "changes": {},
         "state": state,
         "reason": reason,
         "epochs": macs / (10 * GIGA),
         "train_macs": macs,
         "seconds": 20.0,
         "ratios": ratios,
+        "distances_matrix": {"epochs": [], "ratios": {}},
     }
 
 

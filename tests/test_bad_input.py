@@ -3,6 +3,7 @@
 import re
 import shutil
 
+import made_up_comparison
 import pytest
 from made_up_space import source
 from made_up_sweep import FINISHED, write
@@ -105,7 +106,13 @@ SPACES = [
         "network.options: .* nets:broken raised ValueError: no weights at all",
     ),
     ({"network": "Network('nets:narrow')"}, "images of 3x8x8, but fails with: .*mat1 and mat2"),
-    ({"data": "Data('cifar10')"}, r"data\.source: 'cifar10' .* digits, folder"),
+    ({"data": "Data('mnist')"}, r"data\.source: 'mnist' .* digits, folder"),
+    ({"data": "Data('cifar10')"}, r"data\.path: None .* path of a folder"),
+    (
+        {"data": "Data('cifar10', 'images')"},
+        r"data\.path: 'images' .* is not there; .*download=True",
+    ),
+    ({"data": "Data('huggingface', 'cats')"}, r"data\.path: 'cats' .* is no folder here; download"),
     ({"data": "Data('digits', loading='stream')"}, "loading: 'stream' .* always in memory"),
     ({"data": "Data('folder', 'images', loading='lazy')"}, "loading: 'lazy' .* memory, stream"),
     ({"data": "Data('folder')"}, r"data\.path: None .* path of a folder"),
@@ -211,6 +218,50 @@ def test_a_search_that_cannot_be_done(folder, refusal, prepare, arguments, said)
     assert re.search(said, line), line
 
 
+COMPARISONS = [
+    ("mine.py --seeds 0", r"seeds: 0 .* at least 1"),
+    (
+        "mine.py --methods dense eary_bird",
+        r"comparison\.methods: 'eary_bird' .* one of dense, early",
+    ),
+    ("mine.py --methods early_bird", r"comparison\.methods: .* every comparison needs dense"),
+    ("mine.py --methods dense random", r"comparison\.methods: .* random needs early_bird"),
+    ("mine.py --methods dense dense", r"comparison\.methods: .* each value may occur once"),
+    ("mine.py --prune-ratios 1.5", r"comparison\.prune_ratios: 1\.5 .* above 0 and below 1"),
+    ("mine.py --prune-ratios 0.5 0.5", r"comparison\.prune_ratios: .* may occur once"),
+    ("mine.py --prune-ratios nan", r"comparison\.prune_ratios: nan .* above 0 and below 1"),
+    ("mine.py --name a/b", "name: 'a/b' .* letters, digits"),
+    ("mine.py --data nosuch", r"data\.path: 'nosuch' .* must be a folder"),
+    ("digit", r"space: 'digit' .* did you mean digits\?"),
+    ("paper --seeds 3", r"seeds: \(0, 1, 2\) .* `compare paper` takes a name"),
+    ("paper --name nosuch", r"sweep: 'sweeps/nosuch' .* must be the folder of a sweep"),
+    ("paper --name first", "name: 'first' .* must be a comparison, and this is a sweep"),
+    ("paper --name duel", "name: 'duel' .* the paper has nothing for its network and data"),
+    ("mine.py --name first", "name: 'first' .* it is a sweep's, and this is a comparison"),
+    ("mine.py --name duel", "name: 'duel' .* this comparison began with another name, .* a new"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "said"), COMPARISONS, ids=[said for _, said in COMPARISONS])
+def test_a_comparison_that_cannot_be_done(folder, refusal, arguments, said):
+    write(folder / "sweeps" / "first", FINISHED)
+    write(folder / "sweeps" / "duel", made_up_comparison.finished())
+    line = refusal("compare", *arguments.split())
+    assert re.search(said, line), line
+
+
+def test_a_rewind_after_the_end_of_training(folder, refusal):
+    (folder / "mine.py").write_text(source(comparison="Comparison(rewind=5)"))
+    line = refusal("compare", "mine.py")
+    assert line.startswith("comparison.rewind: 5 is not allowed: must be below retraining.epochs")
+
+
+def test_a_name_that_belongs_to_a_comparison(folder, refusal):
+    write(folder / "sweeps" / "duel", made_up_comparison.finished())
+    line = refusal("search", "mine.py", "--name", "duel")
+    assert re.search("^name: 'duel' .* it is a comparison's, and this is a sweep; choose", line)
+
+
 def test_a_name_that_belongs_to_another_space(folder, refusal):
     write(folder / "sweeps" / "first", FINISHED)
     line = refusal("search", "mine.py", "--name", "first")
@@ -258,9 +309,10 @@ def test_what_only_mlflow_or_the_cluster_can_refuse(folder, cli, changes, argume
     ("words", "said"),
     [
         (["serch"], "serch"),
-        ([], "search, report, show, retrain, spaces"),
+        ([], "search, compare, report, show, retrain, spaces"),
         (["search", "--penalty", "1"], "--penalty"),
         (["search", "--name"], "--name"),
+        (["compare", "--prune-ratios", "half"], "half"),
         (["retrain", "x", "--epochs", "many"], "many"),
         (["retrain", "x", "--weights", "old"], "inherit"),
     ],

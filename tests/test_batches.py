@@ -1,5 +1,6 @@
 """Batches are shuffled, shared out and augmented as torchvision would, from memory or a stream."""
 
+import dataclasses
 import gc
 import multiprocessing
 import subprocess
@@ -272,6 +273,62 @@ def test_files_of_other_sizes_in_a_stream_are_named(image_folder):
     Image.new("RGB", (9, 9)).save(dataset.train._path(0))
     with pytest.raises(InputError, match=r"data\.image_size: None .* images differ in size"):
         list(Batches(dataset, data).evaluation("train"))
+
+
+@pytest.fixture
+def recipe(image_folder):
+    """A folder as on ImageNet, and batches of it, decoded by so many processes."""
+    path = image_folder({"train/a": 25, "train/b": 20, "val/a": 6, "val/b": 9}, (20, 16))
+    data = Data("folder", str(path), image_size=8, random_resized_crop=True, flip=True)
+    return lambda workers=2: Batches(
+        load_data(data), dataclasses.replace(data, loader_workers=workers)
+    )
+
+
+def test_random_parts_depend_on_the_seed_alone(recipe):
+    first, same, other = recipe(), recipe(1), recipe()
+    for epoch in range(2):
+        assert_equal(first.training(8, seeded(epoch)), same.training(8, seeded(epoch)))
+    (ours, _), (theirs, _) = next(first.training(8, seeded(0))), next(other.training(8, seeded(1)))
+    assert not torch.equal(ours, theirs)
+
+
+def test_workers_share_each_batch_of_random_parts(recipe):
+    whole, parts = recipe(), [recipe().training(8, seeded(0), rank, 2) for rank in (0, 1)]
+    for (images, labels), *shares in zip(whole.training(8, seeded(0)), *parts, strict=True):
+        for rank, (share, truth) in enumerate(shares):
+            assert torch.equal(share, images[rank::2])
+            assert torch.equal(truth, labels[rank::2])
+
+
+def test_random_parts_are_of_the_image_whose_label_they_have(recipe):
+    from PIL import Image
+
+    batches = recipe()
+    for place, path in enumerate(batches.dataset.train.paths):
+        shade = 5 * place + 1
+        file = f"{batches.dataset.train.root}/{path.decode()}"
+        Image.new("RGB", (20, 16), (shade, shade, shade)).save(file)
+    labels = torch.from_numpy(batches.dataset.train.labels)
+    for images, truth in batches.training(8, seeded(0)):
+        mean, deviation = batches.dataset.mean[0], batches.dataset.deviation[0]
+        shades = (images[:, 0] * deviation + mean).round().flatten(1)
+        assert (shades == shades[:, :1]).all()
+        places = ((shades[:, 0] - 1) / 5).long()
+        assert torch.equal(labels[places], truth)
+
+
+def test_evaluation_has_no_random_parts(recipe):
+    batches = recipe()
+    for split in ("train", "validation", "test"):
+        assert_equal(batches.evaluation(split), batches.evaluation(split))
+    files = batches.dataset.test
+    ((images, _),) = batches.evaluation("test")
+    deviation, mean = (
+        torch.tensor(v).view(3, 1, 1) for v in (batches.dataset.deviation, batches.dataset.mean)
+    )
+    pixels = torch.from_numpy(files.pixels(np.arange(len(files)))).permute(0, 3, 1, 2)
+    assert torch.equal((images * deviation + mean).round(), pixels.float())
 
 
 def test_importing_is_cheap():

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import made_up_comparison
 import pytest
 import torch
 from made_up_space import Failed, source, stand_in_for_ray
@@ -16,6 +17,7 @@ from made_up_sweep import FINISHED, HIGH, SMALL, SPACE, epoch, retrained, ticket
 
 from raytickets.models import build_network
 from raytickets.shrink import channel_groups, shrink
+from raytickets.spaces import built_in
 from raytickets.sweep import Sweep
 from raytickets.ticket import group_masks, save_ticket
 
@@ -96,13 +98,15 @@ def test_show_as_json_is_the_manifest(found, cli):
 def test_spaces_lists_what_comes_with_raytickets(cli):
     code, output, _ = cli("spaces")
     assert code == 0
-    assert [line.split()[0] for line in output.splitlines()] == ["cifar10", "digits"]
+    names = [line.split()[0] for line in output.splitlines()]
+    assert names == [*built_in()]
+    assert {"digits", "cifar10_vgg16", "imagenet_resnet50"} <= {*names}
 
 
 def test_help_names_every_command(cli):
     code, output, _ = cli("--help")
     assert code == 0
-    for command in ("search", "report", "show", "retrain", "spaces"):
+    for command in ("search", "compare", "report", "show", "retrain", "spaces"):
         assert f"• {command}" in output
 
 
@@ -163,6 +167,70 @@ def test_a_search_reports_what_it_found_and_where_to_look(folder, cli, monkeypat
 
 
 @pytest.mark.usefixtures("folder")
+def test_a_comparison_is_of_what_was_asked_for_and_shows_its_table(cli, monkeypatch):
+    def run(plan, _, observer):
+        assert plan.opening["event"] == "comparison"
+        assert plan.opening["methods"] == ["dense", "early_bird"]
+        assert (plan.opening["seeds"], plan.opening["prune_ratios"]) == ([0, 1], [0.4])
+        for event in made_up_comparison.finished():
+            observer(event)
+        return Sweep(write(plan.folder, made_up_comparison.finished()))
+
+    stand_in_for_ray(monkeypatch, run)
+    asked = ["--methods", "dense", "early_bird", "--seeds", "2", "--prune-ratios", "0.4"]
+    code, output, errors = cli("compare", "mine.py", "--name", "duel", *asked)
+    assert (code, errors) == (0, "")
+    assert output.startswith("comparison duel in ")
+    assert "duel: done" in output
+    assert "early_bird beats random." in output
+    code, output, _ = cli("report", "duel")
+    assert code == 0
+    assert "duel: done" in output
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_source_that_fails_is_told_of_with_the_table_of_the_rest(cli, monkeypatch):
+    def run(plan, *_):
+        write(plan.folder, made_up_comparison.finished()[:-1])
+        raise Failed("early_bird-seed2: no space left")
+
+    stand_in_for_ray(monkeypatch, run)
+    code, output, errors = cli("compare", "mine.py", "--name", "duel")
+    assert (code, errors) == (3, "raytickets: a stage failed: early_bird-seed2: no space left\n")
+    assert "duel: unfinished" in output
+
+
+def test_the_papers_numbers_are_shown_without_a_comparison(cli):
+    code, output, _ = cli("compare", "paper")
+    assert code == 0
+    for words in (
+        "VGG16 on CIFAR-100: Table 2",
+        "72.17",
+        "ResNet-18 on ImageNet",
+        "68.28",
+        "~93.8",
+    ):
+        assert words in output
+
+
+def test_a_comparison_stands_beside_the_papers_numbers(cli, working_folder):
+    first, *others = made_up_comparison.finished()
+    changes = {"name": "cifar10_vgg16", "network": {"name": "cifar_vgg", "options": {"depth": 16}}}
+    data = first["space"]["data"] | {"source": "cifar10", "path": "data"}
+    opening = first | {"space": first["space"] | changes | {"data": data}}
+    write(working_folder / "sweeps" / "duel", [opening, *others])
+    code, output, _ = cli("compare", "paper", "--name", "duel")
+    assert code == 0
+    (line,) = [
+        line
+        for line in output.splitlines()
+        if line.split()[:2] == ["0.3", "drawn"] and "20" in line
+    ]
+    assert line.split()[5:] == ["~93.3", "early_bird", "3", "98.17±0.58", "57%"]
+    assert "CIFAR-100" not in output
+
+
+@pytest.mark.usefixtures("folder")
 def test_a_stage_that_fails_is_told_and_what_was_found_is_reported(cli, monkeypatch):
     def run(plan, *_):
         write(plan.folder, FINISHED[:-1])
@@ -205,6 +273,7 @@ def test_a_retraining_that_fails_is_told(found, cli, monkeypatch):
     [
         (["search", "mine.py"], r"raytickets search mine\.py --name mine-\d{8}-\d{6}"),
         (["search", "mine.py", "--name", "x"], r"raytickets search mine\.py --name x"),
+        (["compare", "mine.py", "--seeds", "2"], ".* compare mine.py --seeds 2 --name mine-comp.*"),
         (["search", "mine.py", "--name=x"], r"raytickets search mine\.py --name=x"),
         (["search", "mine.py", "--storage", "my disk"], ".* --storage 'my disk' --name mine-.*"),
     ],

@@ -43,6 +43,11 @@ def recipe(**changes: Any) -> Training:
     return Training(**fields)
 
 
+def proposals(**changes: Any) -> Optuna:
+    fields: dict[str, Any] = {"trajectories": 4, "ranges": {"penalty": Range(1e-5, 1e-3)}}
+    return Optuna(**fields | changes)
+
+
 def test_what_is_left_out_has_a_usable_value():
     made = space()
     assert made.stop_rule == StopRule("corrected", window=5, checks_per_epoch=1)
@@ -59,6 +64,7 @@ def test_what_is_left_out_has_a_usable_value():
     [
         (StopRule("paper"), 0.1),
         (StopRule("corrected"), 0.2),
+        (StopRule("epi"), 0.017),
         (StopRule("paper", threshold=0.05), 0.05),
     ],
 )
@@ -78,6 +84,23 @@ def test_the_threshold_is_the_rules_own_unless_given(rule, limit):
         (lambda: Network("cifar_vgg", {"activation": print}), "network.options"),
         (lambda: Network("cifar_vgg", {"width": float("nan")}), "network.options"),
         (lambda: Data("imagenet"), "data.source"),  # type: ignore[arg-type]
+        (lambda: Data("cifar10"), "data.path"),
+        (lambda: Data("cifar10", "x", image_size=32), "data.image_size"),
+        (lambda: Data("cifar10", "x", loading="stream"), "data.loading"),
+        (lambda: Data("folder", "x", download=True), "data.download"),
+        (lambda: Data("cifar10", "x", download=1), "data.download"),  # type: ignore[arg-type]
+        (lambda: Data("folder", "x", columns=("a", "b")), "data.columns"),
+        (lambda: Data("huggingface", "x", columns=("a",)), "data.columns"),  # type: ignore[arg-type]
+        (lambda: Data("folder", "x", random_resized_crop=True), "data.image_size"),
+        (lambda: Data("cifar10", "x", random_resized_crop=True), "data.random_resized_crop"),
+        (
+            lambda: Data("folder", "x", 8, crop_padding=1, random_resized_crop=True),
+            "data.crop_padding",
+        ),
+        (
+            lambda: Data("folder", "x", 8, loading="memory", random_resized_crop=True),
+            "data.loading",
+        ),
         (lambda: Data("folder"), "data.path"),
         (lambda: Data("folder", "x", image_size=0), "data.image_size"),
         (lambda: Data(validation=0), "data.validation"),
@@ -96,6 +119,28 @@ def test_the_threshold_is_the_rules_own_unless_given(rule, limit):
         (lambda: StopRule(checks_per_epoch=0), "stop_rule.checks_per_epoch"),
         (lambda: StopRule(checks_per_epoch=0.5), "stop_rule.checks_per_epoch"),  # type: ignore[arg-type]
         (lambda: Resources(cpus_per_trial=0), "resources.cpus_per_trial"),
+        (lambda: proposals(trajectories=0), "optuna.trajectories"),
+        (lambda: proposals(ranges={}), "optuna.ranges"),
+        (lambda: proposals(ranges={"penalty": Range(1.0, 1.0)}), "optuna.ranges['penalty']"),
+        (lambda: proposals(ranges={"penalty": Range(0, 1, True)}), "optuna.ranges['penalty']"),
+        (lambda: proposals(ranges={"penalty": [1e-4]}), "optuna.ranges['penalty']"),
+        (lambda: proposals(ranges={"penalty": ()}), "optuna.ranges['penalty']"),
+        (
+            lambda: proposals(ranges={"training.milestones": ((1, 2), (2, 3))}),
+            "optuna.ranges['training.milestones']",
+        ),
+        (lambda: proposals(objective="accuracy"), "optuna.objective"),
+        (lambda: proposals(sampler="grid"), "optuna.sampler"),
+        (lambda: proposals(startup=0), "optuna.startup"),
+        (lambda: proposals(seed=-1), "optuna.seed"),
+        (lambda: proposals(storage="study.db"), "optuna.storage"),
+        (lambda: space(optuna=3), "optuna"),
+        (
+            lambda: space(
+                penalties=(1e-4, 1e-3), optuna=proposals(ranges={"training.momentum": (0.5, 0.9)})
+            ),
+            "penalties",
+        ),
         (lambda: Resources(gpus_per_trial=-1), "resources.gpus_per_trial"),
         (lambda: Resources(gpus_per_trial=1.5), "resources.gpus_per_trial"),
         (lambda: space(training=recipe(epochs=0)), "training.epochs"),
@@ -209,6 +254,37 @@ CHANGES: dict[str, Any] = {
 }
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "sqlite:////data/study.db",
+        "postgresql://host/name",
+        "postgresql://me@host:5432/name",
+        "postgresql+psycopg://me:${PGPASSWORD}@host/name",
+    ],
+)
+def test_a_study_may_be_kept_in_any_database(url):
+    assert proposals(storage=url).storage == url
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://me:sesame@host/name",
+        "postgresql://me:${NAME}sesame@host/name",
+        "postgresql://me:sesame:@host/name",
+        "postgresql://me:sesame/@host/name",
+        "postgresql://host/name?user=me&password=sesame",
+        "me:sesame@host/name",
+    ],
+)
+def test_a_password_is_refused_and_not_repeated(url):
+    """A space is recorded as it is, in the journal and in MLflow."""
+    with pytest.raises(InputError, match=r"^optuna\.storage: ") as refused:
+        proposals(storage=url)
+    assert "sesame" not in str(refused.value)
+
+
 def test_every_field_changes_the_fingerprint():
     assert set(CHANGES) == {field.name for field in dataclasses.fields(SearchSpace)}
     prints = [space(**{name: value}).fingerprint for name, value in CHANGES.items()]
@@ -259,9 +335,10 @@ spaces = st.builds(
         st.sampled_from(["cifar_vgg", "resnet18", "mine.nets:tiny"]),
         st.dictionaries(st.text(max_size=5), st.none() | st.integers() | st.lists(st.text())),
     ),
-    data=st.builds(
+    data=st.just(Data("huggingface", "x", columns=("image", "label")))
+    | st.builds(
         Data,
-        st.sampled_from(["digits", "folder"]),
+        st.sampled_from(["folder", "huggingface"]),
         st.text(),
         st.none() | st.integers(1, 512),
         shares,

@@ -24,6 +24,7 @@ from made_up_sweep import (
 )
 from rich.console import Console
 
+from raytickets.config import Optuna, Range
 from raytickets.console import Progress, report_table, ticket_table
 from raytickets.sweep import Sweep
 from raytickets.ticket import Ticket
@@ -97,6 +98,41 @@ def test_a_report_says_why_a_trajectory_was_ended_early(report):
     )
     text = " ".join(printed(report_table(report([OPENING, behind]))).split())
     assert f"{LOW}: prune ratio 0.5 hopeless (others were better)" in text
+
+
+def proposed(space):
+    settings = Optuna(trajectories=3, ranges={"penalty": Range(1e-5, 1e-3)})
+    return dataclasses.replace(space, optuna=settings)
+
+
+def test_a_report_says_what_optuna_proposed_for_each_winner(report):
+    changes = {"penalty": 0.00034567, "training.epochs": 12}
+    events = [e | {"changes": changes} if e.get("state") == "drawn" else e for e in FINISHED]
+    text = " ".join(printed(report_table(report(events))).split())
+    assert f"{SMALL}: {HIGH}, penalty 0.000346, training.epochs 12" in text
+    assert f"{LARGE}: {LOW}" not in text
+
+
+def test_a_report_says_how_well_proofs_ranked_the_tickets(report):
+    more = [*FINISHED, retrained(MIDDLE, 900_000, 450 * 10**9, 0.98)]
+    text = " ".join(printed(report_table(report(more))).split())
+    assert "final validation accuracy (Spearman): 0.50 over 3 tickets." in text
+
+
+def test_a_report_has_no_correlation_of_two_tickets(report):
+    assert "Spearman" not in printed(report_table(report(FINISHED)))
+
+
+def test_trials_of_optuna_are_shown_by_their_number_and_values():
+    ended = trajectory("trial7-seed0", "drawn", 10, {"0.3": "drawn", "0.5": "drawn"})
+    ended |= {"changes": {"penalty": 0.00034567}}
+    console = Console(width=80, file=io.StringIO(), color_system=None)
+    with Progress(console, proposed(SPACE)) as progress:
+        progress(check("trial7-seed0", 5.0, {"0.3": None, "0.5": None}))
+        progress(ended)
+    assert "trial7-seed0  drawn: penalty 0.000346" in screen(console)
+    table = progress._tables()[0].renderables[0]
+    assert (table.columns[0].header, *table.columns[0].cells) == ("trial", "7")
 
 
 def test_a_report_of_an_unfinished_sweep_leaves_open_what_is_not_known(report):

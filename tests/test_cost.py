@@ -1,9 +1,12 @@
 """MACs and training cost."""
 
+import time
+
+import pytest
 import torch
 from torch import nn
 
-from raytickets.cost import macs, params, training_macs
+from raytickets.cost import Ledger, latencies, macs, params, training_macs
 
 
 def test_macs_of_a_convolution_and_a_linear_layer():
@@ -26,3 +29,35 @@ def test_counting_leaves_the_mode_and_statistics_alone():
 
 def test_training_costs_three_forward_passes():
     assert training_macs(100, 7) == 2100
+
+
+class Sleeper(nn.Module):
+    def __init__(self, seconds):
+        super().__init__()
+        self.seconds, self.calls = seconds, []
+
+    def forward(self, images):
+        self.calls.append((self.training, torch.is_grad_enabled()))
+        time.sleep(self.seconds)
+        return images
+
+
+def test_latencies_are_medians_in_milliseconds_of_evaluation():
+    short, long = Sleeper(0.001), Sleeper(0.004)
+    found = latencies([short, long], torch.zeros(1, 1, 2, 2), repeats=20)
+    assert found == [pytest.approx(1, rel=0.9), pytest.approx(4, rel=0.5)]
+    assert found[0] < found[1]
+    assert short.calls == [(False, False)] * 25
+
+
+def test_ledgers_of_stages_add_up():
+    first = Ledger(1, 2, 3, 4.0, 5.0, "measured (a)")
+    both = first + Ledger(10, 20, 30, 40.0, 50.0, "measured (b)")
+    assert both == Ledger(11, 22, 33, 44.0, 55.0, "measured (a) + measured (b)")
+    assert (first + first).energy == "measured (a)"
+
+
+def test_energy_that_is_unknown_for_a_part_is_unknown_for_the_whole():
+    first = Ledger(1, 2, 3, 4.0, 5.0, "measured (a)")
+    both = first + Ledger(1, 2, 3, 4.0, None, "unavailable")
+    assert (both.joules, both.energy) == (None, "unavailable")

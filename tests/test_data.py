@@ -1,5 +1,6 @@
 """Images are split without overlap, and held in memory or left in their files."""
 
+import dataclasses
 import pickle
 
 import numpy as np
@@ -138,6 +139,13 @@ def test_auto_streams_over_a_quarter_of_the_memory(many_pixels):
     assert isinstance(load_data(many_pixels(4, "auto")).train, Images)
     assert isinstance(load_data(many_pixels(3.99, "auto")).train, Files)
     assert isinstance(load_data(many_pixels(3.99, "memory")).train, Images)
+
+
+def test_a_folder_whose_images_are_cut_at_random_is_streamed(many_pixels):
+    data = dataclasses.replace(many_pixels(100, "auto"), image_size=1, random_resized_crop=True)
+    found = load_data(data)
+    assert all(isinstance(split, Files) for split in parts(found))
+    assert found.train.random_resized_crop
 
 
 def test_images_in_memory_are_refused_over_half_of_it(many_pixels, monkeypatch):

@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import shutil
+import sqlite3
 
+import optuna
 import pytest
 import torch
 from mlflow import MlflowClient
@@ -14,7 +16,9 @@ from raytickets.config import (
     Halving,
     InputError,
     Network,
+    Optuna,
     Proof,
+    Range,
     Resources,
     Retraining,
     SearchSpace,
@@ -23,6 +27,8 @@ from raytickets.config import (
 from raytickets.config import Training as Recipe
 from raytickets.data import load_data
 from raytickets.driver import SweepFailed, retrain_ticket
+from raytickets.halving import hypervolume
+from raytickets.study import FILE, study_name
 from raytickets.sweep import Sweep, select
 from raytickets.ticket import WEIGHTS
 from raytickets.trajectory import grid, prepare, run_trajectory
@@ -191,6 +197,114 @@ def test_halving_ends_a_trajectory_that_falls_behind(place, store):
     assert (first["epochs"], second["epochs"]) == (6, 2)
     assert second["ratios"] == {"0.3": "hopeless", "0.6": "hopeless"}
     assert second["train_macs"] == first["train_macs"] / 3
+
+
+PROPOSED = dataclasses.replace(
+    SPACE,
+    name="proposed",
+    penalties=(1e-3,),
+    proof=Proof(budget=0.5, rungs=1, batch_size=32),
+    resources=Resources(cpus_per_trial=2),  # one after the other
+    optuna=Optuna(
+        trajectories=3,
+        startup=1,
+        ranges={
+            "penalty": Range(1e-3, 1e-2, log=True),
+            "training.learning_rate": Range(0.02, 0.06),
+            "network.options.width": (0.125, 0.15),
+        },
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def proposals(ray_instance, place, store):  # noqa: ARG001
+    return search(PROPOSED, name="proposals", storage=place, tracking_uri=store)
+
+
+def told(sweep):
+    """What the study was told, by the number of the trial."""
+    name = study_name(PROPOSED, sweep.opening()["data"]["fingerprint"])
+    study = optuna.load_study(study_name=name, storage=f"sqlite:///{sweep.path / FILE}")
+    return [trial.values or trial.state.name for trial in study.trials]
+
+
+def changes(sweep):
+    return {e["trajectory"]: e["changes"] for e in select(sweep.events(), "trajectory")}
+
+
+@pytest.mark.slow
+def test_optuna_proposes_trajectories_and_hears_of_their_tickets(proposals):
+    assert list(changes(proposals)) == ["trial0-seed0", "trial1-seed0", "trial2-seed0"]
+    tickets = select(proposals.events(), "ticket")
+    dense = proposals.opening()["dense"]["macs"]
+    for number, values in enumerate(told(proposals)):
+        mine = [t for t in tickets if t["trajectory"] == f"trial{number}-seed0"]
+        shares = [ticket["macs"] / dense for ticket in mine]
+        assert values == [hypervolume([t["proof_accuracy"] for t in mine], shares)]
+    for ticket in tickets:
+        manifest = load_ticket(proposals.path / ticket["path"]).manifest
+        proposed = changes(proposals)[ticket["trajectory"]]
+        assert manifest["penalty"] == proposed["penalty"]
+        assert manifest["learning_rate"] == proposed["training.learning_rate"]
+        assert manifest["network"]["options"]["width"] == proposed["network.options.width"]
+
+
+@pytest.mark.slow
+def test_one_trial_at_a_time_proposes_the_same_again(proposals, place, store):
+    again = search(PROPOSED, name="again", storage=place, tracking_uri=store)
+    assert changes(again) == changes(proposals)
+    assert ids(again) == ids(proposals)
+
+
+@pytest.mark.slow
+def test_a_sweep_of_optuna_that_was_cut_off_replaces_what_had_not_ended(proposals, place, store):
+    """Its driver was killed while the second trajectory trained."""
+    cut = place / "cut-proposals"
+    shutil.copytree(proposals.path, cut)
+    events = [json.loads(line) for line in (cut / "journal.jsonl").read_text().splitlines()]
+    begun = next(n for n, e in enumerate(events) if e.get("trajectory") == "trial1-seed0") + 1
+    (cut / "journal.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events[:begun]))
+    with sqlite3.connect(cut / FILE) as database:
+        database.execute("DELETE FROM trials WHERE number = 2")
+        database.execute("UPDATE trials SET state = 'RUNNING' WHERE number = 1")
+        database.execute("DELETE FROM trial_values WHERE trial_id NOT IN (SELECT 1)")
+    again = search(PROPOSED, name=cut.name, storage=place, tracking_uri=store)
+    states = {e["trajectory"]: e["state"] for e in select(again.events(), "trajectory")}
+    assert states["trial1-seed0"] == "failed"
+    assert len([state for state in states.values() if state != "failed"]) == 3
+    assert told(again)[0] == told(proposals)[0]
+    assert told(again)[1] == "FAIL"
+    assert all(isinstance(values, list) for values in told(again)[2:])
+    assert again.report()["state"] == "done"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_instance")
+def test_halving_ends_trajectories_that_optuna_proposed(place, store):
+    """The second of this seed has a penalty under which nothing is learned."""
+    settings = Optuna(
+        trajectories=2,
+        sampler="random",
+        seed=3,
+        objective="pareto",
+        ranges={"penalty": (1e-3, 10.0), "training.epochs": Range(5, 6)},
+    )
+    space = dataclasses.replace(
+        PROPOSED,
+        name="halved-proposals",
+        stop_rule=StopRule(threshold=1e-9),
+        halving=Halving(grace=2),
+        optuna=settings,
+    )
+    sweep = search(space, name="halved-proposals", storage=place, tracking_uri=store)
+    ends = select(sweep.events(), "trajectory")
+    assert [end["changes"]["penalty"] for end in ends] == [1e-3, 10.0]
+    assert [end["state"] for end in ends] == ["not converged", "hopeless"]
+    database = f"sqlite:///{sweep.path / FILE}"
+    (name,) = optuna.get_all_study_names(database)
+    trials = optuna.load_study(study_name=name, storage=database).trials
+    assert {trial.state.name for trial in trials} == {"FAIL"}  # None drew a ticket.
 
 
 @pytest.mark.slow

@@ -12,7 +12,8 @@ import pytest
 
 from raytickets import folder as folder_module
 from raytickets.config import InputError
-from raytickets.folder import Files, list_folder, read_images
+from raytickets.folder import Files, list_folder, random_part, read_images
+from raytickets.vision import torchvision
 
 WARNING = "decoded images are not cached"
 
@@ -67,6 +68,80 @@ def test_splits_that_are_there_are_told_apart(image_folder):
         "test/a/0.png",
         "test/b/0.png",
     ]
+
+
+@pytest.mark.parametrize("name", ["val", "validation"])
+def test_validation_is_the_test_split_where_there_is_no_other(image_folder, name):
+    path = image_folder({"train/a": 3, "train/b": 2, f"{name}/a": 1, f"{name}/b": 1})
+    found = list_folder(str(path))
+    assert {name: len(places) for name, places in found.splits.items()} == {"train": 5, "test": 2}
+    image_folder({"test/a": 2, "test/b": 2})
+    found = list_folder(str(path))
+    sizes = {name: len(places) for name, places in found.splits.items()}
+    assert sizes == {"train": 5, "validation": 2, "test": 4}
+
+
+def test_two_validation_folders_are_refused(image_folder):
+    names = ("train", "val", "validation")
+    path = image_folder({f"{name}/{label}": 1 for name in names for label in "ab"})
+    with pytest.raises(InputError, match=r"data\.path: .* one of val and validation"):
+        list_folder(str(path))
+
+
+SIZES = [(40, 30), (30, 40), (31, 31), (200, 9), (9, 200)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_images_that_are_not_trained_on_are_resized_and_cropped_as_on_imagenet(image_folder, size):
+    from PIL import Image
+
+    transforms = torchvision("transforms")
+    path = image_folder({"a": 1, "b": 1}, size)
+    files = list_folder(str(path)).files(14, True, True)
+    expected = transforms.Compose([transforms.Resize(16), transforms.CenterCrop(14)])
+    (ours,) = files.pixels(np.array([0]))
+    assert np.array_equal(ours, np.asarray(expected(Image.open(path / "a" / "0.png"))))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_images_to_train_on_are_random_parts_cut_and_resized_as_torchvision_does(
+    image_folder, size
+):
+    from PIL import Image
+
+    transforms = torchvision("transforms")
+    path = image_folder({"a": 1, "b": 1}, size)
+    files = list_folder(str(path)).files(14, True, True)
+    image = Image.open(path / "a" / "0.png")
+    pictures = files.pixels(np.zeros(20, np.int64), seeds=np.arange(20))
+    for seed, ours in enumerate(pictures):
+        left, top, right, bottom = random_part(*size, np.random.default_rng(seed))
+        theirs = transforms.functional.resized_crop(
+            image, top, left, bottom - top, right - left, [14, 14]
+        )
+        assert np.array_equal(ours, np.asarray(theirs))
+    again = files.pixels(np.zeros(20, np.int64), threads=1, seeds=np.arange(20))
+    assert np.array_equal(pictures, again)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_random_parts_are_distributed_as_torchvisions(size):
+    import torch
+    from scipy.stats import ks_2samp
+
+    width, height = size
+    crop = torchvision("transforms").RandomResizedCrop
+    blank, draws = torch.zeros(3, height, width), 1000
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        theirs = [crop.get_params(blank, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(draws)]
+    generator = np.random.default_rng(0)
+    ours = [random_part(width, height, generator) for _ in range(draws)]
+    ours = [(top, left, bottom - top, right - left) for left, top, right, bottom in ours]
+    for one, other in zip(np.array(ours).T, np.array(theirs).T, strict=True):
+        assert ks_2samp(one, other).pvalue > 0.001
+    areas = [[high * wide for *_, high, wide in parts] for parts in (ours, theirs)]
+    assert ks_2samp(*areas).pvalue > 0.001
 
 
 def test_pixels_are_pillows(image_folder):

@@ -10,7 +10,14 @@ from hypothesis import given
 from made_up_sweep import FINISHED, LARGE, LOW, SEARCHED, SMALL, SPACE, proof, ticket
 
 from raytickets.config import Proof, SearchSpace
-from raytickets.halving import choose_winners, front, next_proofs, pareto_front, proved
+from raytickets.halving import (
+    choose_winners,
+    front,
+    hypervolume,
+    next_proofs,
+    pareto_front,
+    proved,
+)
 from raytickets.journal import Event
 
 
@@ -136,6 +143,53 @@ def test_the_front_holds_what_nothing_beats(found):
         twin = any(found[o] == found[place] for o in front)
         assert twin == (not beaten)
     assert [costs[p] for p in front] == sorted({costs[p] for p in front})
+
+
+@pytest.mark.parametrize(
+    ("points", "area"),
+    [
+        ([], 0),
+        ([(1.0, 0.0)], 1),
+        ([(0.8, 0.25)], 0.8 * 0.75),
+        ([(0.8, 0.5), (0.5, 0.25)], 0.5 * 0.25 + 0.8 * 0.5),
+        ([(0.8, 0.5), (0.5, 0.5), (0.7, 0.6)], 0.8 * 0.5),
+        ([(0.9, 1.0), (0.9, 1.5)], 0),
+    ],
+)
+def test_hypervolume_is_the_area_below_the_front(points, area):
+    assert hypervolume([a for a, _ in points], [s for _, s in points]) == pytest.approx(area)
+
+
+shares = st.lists(st.tuples(st.floats(0, 1), st.floats(0.001, 1.5)), max_size=12)
+
+
+def volume(points: list[tuple[float, float]]) -> float:
+    return hypervolume([accuracy for accuracy, _ in points], [share for _, share in points])
+
+
+@given(shares, st.tuples(st.floats(0, 1), st.floats(0.001, 1.5)))
+def test_a_further_ticket_never_lowers_the_hypervolume(points, one):
+    assert volume([*points, one]) >= volume(points) - 1e-12
+
+
+@given(shares, st.randoms(use_true_random=False))
+def test_the_order_of_tickets_makes_no_difference_to_the_hypervolume(points, shuffler):
+    shuffled = [*points]
+    shuffler.shuffle(shuffled)
+    assert volume(shuffled) == volume(points)
+
+
+@given(shares.filter(bool))
+def test_hypervolume_is_between_that_of_each_ticket_and_that_of_all_as_one(points):
+    ideal = (max(accuracy for accuracy, _ in points), min(share for _, share in points))
+    assert 0 <= volume(points) <= volume([ideal]) + 1e-12
+    assert volume(points) >= max(volume([point]) for point in points) - 1e-12
+
+
+@given(shares)
+def test_only_the_front_has_a_hypervolume(points):
+    places = pareto_front([accuracy for accuracy, _ in points], [share for _, share in points])
+    assert volume([points[place] for place in places]) == pytest.approx(volume(points), abs=1e-12)
 
 
 accuracies = st.sampled_from([0.5, 0.6, 0.7, 0.8, 0.9])  # few, so that there are ties

@@ -10,6 +10,7 @@ from torch import nn
 from raytickets import models
 from raytickets.config import InputError, Network
 from raytickets.models import build_network, check_network
+from raytickets.shrink import channel_groups, check_prunable
 
 
 def build(name, in_channels=3, num_classes=10, seed=0, **options):
@@ -62,6 +63,88 @@ def test_cifar_resnet_20_has_the_paper_s_parameters_and_those_of_its_projections
     assert sum(p.numel() for p in build("cifar_resnet").parameters()) == 269_722 + projections
 
 
+@pytest.mark.parametrize("depth", [11, 20, 101])
+def test_cifar_preresnet_has_nine_convolutions_for_each_n_a_stem_and_three_projections(depth):
+    network = build("cifar_preresnet", depth=depth, width=4)
+    assert len(convolutions(network)) == depth - 1 + 3
+    assert network.eval()(torch.zeros(2, 3, 8, 8)).shape == (2, 10)
+
+
+def test_cifar_preresnet_164_has_the_paper_s_parameters():
+    # 1.7 million, as arXiv 1605.07146 counts them.
+    assert sum(p.numel() for p in build("cifar_preresnet", depth=164).parameters()) == 1_703_258
+
+
+def test_the_stream_of_cifar_preresnet_is_read_behind_batchnorms_only():
+    network = build("cifar_preresnet", depth=20, width=4).eval()
+    images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    groups = channel_groups(network, images)
+    streams = {group.name: group for group in groups if len(group.batchnorms) > 1}
+    assert {name: group.width for name, group in streams.items()} == {
+        "1.conv3": 16,
+        "3.conv3": 32,
+        "5.conv3": 64,
+    }
+    assert [part.module for part in streams["1.conv3"].batchnorms] == ["2.bn1", "3.bn1"]
+    assert [part.module for part in streams["5.conv3"].batchnorms] == ["6.bn1", "7"]
+    norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
+    covered = sum(len(part.channels) for group in groups for part in group.batchnorms)
+    assert covered == sum(norm.num_features for norm in norms)
+
+
+@pytest.mark.parametrize("name", ["cifar_vgg", "cifar_resnet", "cifar_preresnet"])
+def test_scale_init_is_every_scale_at_the_start_and_changes_nothing_else(name):
+    half, whole = build(name, scale_init=0.5), build(name)
+    scales = {f"{n}.weight" for n, m in half.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    for (key, one), other in zip(
+        half.state_dict().items(), whole.state_dict().values(), strict=True
+    ):
+        if key in scales:
+            assert set(one.tolist()) == {0.5}
+            assert set(other.tolist()) == {1.0}
+        else:
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    "name", ["timm/resnet18", "timm/mobilenetv3_small_050", "timm/regnetx_002"]
+)
+def test_networks_of_timm_can_be_shrunk(name):
+    pytest.importorskip("timm", reason="needs the extra `timm`")
+    network = check(name, image_size=64, num_classes=7)
+    images = torch.zeros(1, 3, 64, 64)
+    check_prunable(network, channel_groups(network, images), images)
+    again = build(name, num_classes=7)
+    assert all(map(torch.equal, network.state_dict().values(), again.state_dict().values()))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("timm/resnet19", {}, r"network\.name: .* no such network, did you mean timm/resnet18\?"),
+        ("timm/hf-hub:timm/resnet18.a1_in1k", {}, r"network\.name: .* no such network"),
+        ("timm/vit_tiny_patch16_224", {}, r"network\.name: .* no BatchNorm2d layer"),
+        (
+            "timm/resnet18",
+            {"pretrained": True},
+            r"network\.options: .* multiple values .*pretrained",
+        ),
+        ("timm/resnet18", {"checkpoint_path": "x"}, r"network\.options: .* multiple values"),
+        ("timm/resnet18", {"dept": 3}, r"network\.options: .* unexpected keyword argument 'dept'"),
+    ],
+)
+def test_what_timm_has_not_or_cannot_be_shrunk_is_refused(name, options, words):
+    pytest.importorskip("timm", reason="needs the extra `timm`")
+    with pytest.raises(InputError, match=f"^{words}"):
+        check(name, image_size=224, **options)
+
+
+def test_without_timm_its_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(InputError, match=r"^network\.name: 'timm/resnet18' .*raytickets\[timm\]"):
+        build("timm/resnet18")
+
+
 @pytest.mark.parametrize("name", ["cifar_vgg", "cifar_resnet", "mobilenet_v3_small", "googlenet"])
 def test_any_number_of_image_channels_will_do(name):
     network = build(name, in_channels=1, num_classes=7).eval()
@@ -86,6 +169,9 @@ def test_options_reach_torchvision_s_builder():
         ("cifar_vgg", {"dept": 16}, "unexpected keyword argument 'dept'"),
         ("cifar_resnet", {"depth": 18}, "depth must be 6n"),
         ("cifar_resnet", {"width": 0.5}, "width must be a whole number"),
+        ("cifar_preresnet", {"depth": 18}, "depth must be 9n"),
+        ("cifar_preresnet", {"width": 0}, "width must be a whole number"),
+        ("cifar_vgg", {"scale_init": 0}, "scale_init must be above 0"),
         ("resnet18", {"dept": 16}, "unexpected keyword argument 'dept'"),
         ("resnet18", {"groups": 2}, "BasicBlock only supports groups=1"),
         ("resnet18", {"weights": "DEFAULT"}, "multiple values for keyword argument 'weights'"),

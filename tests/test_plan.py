@@ -2,11 +2,23 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 from made_up_sweep import SPACE
 
-from raytickets.config import Data, Halving, InputError, Network, Proof, StopRule, Training
+from raytickets.config import (
+    Comparison,
+    Data,
+    Halving,
+    InputError,
+    Network,
+    Optuna,
+    Proof,
+    Range,
+    StopRule,
+    Training,
+)
 from raytickets.journal import Journal
 from raytickets.plan import make_plan
 
@@ -25,9 +37,9 @@ def space(image_folder):
     )
 
 
-def begun(space, storage):
+def begun(space, storage, kind="sweep"):
     """A plan whose opening is in the journal, as after a first run."""
-    plan = make_plan(space, name="first", storage=storage)
+    plan = make_plan(space, name="first", storage=storage, kind=kind)
     journal = Journal(plan.folder)
     journal.append(plan.opening)
     journal.close()
@@ -124,6 +136,65 @@ def test_more_checks_than_an_epoch_has_batches_are_refused(space, tmp_path):
         make_plan(often, storage=tmp_path)
 
 
+def proposed(space, ranges, **settings):
+    settings = Optuna(trajectories=4, ranges=ranges, **settings)
+    return dataclasses.replace(space, penalties=(1e-4,), optuna=settings)
+
+
+def test_what_optuna_may_propose_can_be_used(space, tmp_path):
+    ranges = {
+        "penalty": Range(1e-5, 1e-3, log=True),
+        "training.epochs": Range(5, 30),
+        "training.schedule": ("constant", "cosine"),
+        "stop_rule.window": (2, 4),
+        "network.options.width": Range(0.1, 0.2),
+    }
+    plan = make_plan(proposed(space, ranges), name="first", storage=tmp_path)
+    assert plan.space.optuna.ranges == ranges
+    assert [file.name for file in plan.folder.iterdir()] == []
+
+
+@pytest.mark.parametrize(
+    ("ranges", "said"),
+    [
+        ({"penalty": Range(-1.0, 1.0)}, r"'penalty=-1\.0' .* penalties must be a finite number"),
+        ({"training.momentum": Range(0.5, 1.0)}, r"'training\.momentum=1\.0' .* below 1"),
+        ({"training.epochs": Range(5.0, 9.0)}, r"'training\.epochs=5\.0' .* a whole number"),
+        (
+            {"training.schedule": ("cosine", "slow")},
+            r"'training\.schedule='slow'' .* must be one of",
+        ),
+        ({"training.patience": (1, 2)}, r"'training\.patience' .* must be penalty, training"),
+        ({"winners": (1, 2)}, r"'winners' .* must be penalty, training"),
+        ({"network.options.width": Range(0.0, 1.0)}, r"'network\.options\.width=0\.0' .* above 0"),
+        ({"network.options.depth": (9, 10)}, r"'network\.options\.depth=10' .* must be one of 9"),
+        ({"network.options.colour": ("red",)}, r"'network\.options\.colour='red'' .*'colour'"),
+        ({"training.batch_size": Range(8, 31)}, r"'training\.batch_size=31' .* at most 30"),
+        (
+            {"training.epochs": Range(5, 30), "stop_rule.window": Range(2, 11)},
+            r"'training\.epochs=5, stop_rule\.window=11' .* enough for stop_rule\.window",
+        ),
+        (
+            {"training.batch_size": Range(5, 15), "stop_rule.checks_per_epoch": Range(1, 3)},
+            r"'training\.batch_size=15, stop_rule\.checks_per_epoch=3' .* the batches of an epoch",
+        ),
+    ],
+)
+def test_what_optuna_may_not_propose_is_refused_by_name(space, tmp_path, ranges, said):
+    with pytest.raises(InputError) as refused:
+        make_plan(proposed(space, ranges), storage=tmp_path)
+    assert re.match(rf"optuna\.ranges: {said}", str(refused.value).replace('"', "'"))
+
+
+def test_a_database_that_does_not_open_is_refused(space, tmp_path):
+    ranges = {"penalty": Range(1e-5, 1e-3)}
+    elsewhere = proposed(space, ranges, storage=f"sqlite:///{tmp_path}/study.db")
+    make_plan(elsewhere, storage=tmp_path)
+    nowhere = proposed(space, ranges, storage="sqlite:////nowhere/study.db")
+    with pytest.raises(InputError, match=r"^optuna\.storage: 'sqlite:////nowhere/study\.db'"):
+        make_plan(nowhere, storage=tmp_path)
+
+
 def test_a_refused_sweep_leaves_no_folder_behind(space, tmp_path):
     refused = dataclasses.replace(space, network=Network("vgg16"))
     with pytest.raises(InputError):
@@ -137,3 +208,28 @@ def test_a_refusal_leaves_what_was_in_the_folder(space, tmp_path):
     with pytest.raises(InputError):
         make_plan(dataclasses.replace(space, winners=1), name="first", storage=tmp_path)
     assert kept.read_text() == before
+
+
+def test_the_opening_of_a_comparison_tells_what_it_comes_to(space, tmp_path):
+    asked = Comparison(methods=("dense", "early_bird"), prune_ratios=(0.4,), seeds=(3, 4))
+    space = dataclasses.replace(space, penalties=(1e-2, 1e-4, 1e-3), comparison=asked)
+    plan = make_plan(space, name="duel", storage=tmp_path, kind="comparison")
+    opening = plan.opening
+    assert (opening["event"], opening["penalty"]) == ("comparison", 1e-3)
+    assert (opening["prune_ratios"], opening["seeds"]) == ([0.4], [3, 4])
+    assert opening["methods"] == ["dense", "early_bird"]
+
+
+def test_a_comparison_says_so_in_its_name(space, tmp_path):
+    plan = make_plan(space, storage=tmp_path, kind="comparison")
+    assert re.fullmatch(r"digits-comparison-\d{8}-\d{6}", plan.folder.name)
+
+
+@pytest.mark.parametrize(("kind", "other"), [("sweep", "comparison"), ("comparison", "sweep")])
+def test_a_name_is_of_a_sweep_or_of_a_comparison(space, tmp_path, kind, other):
+    begun(space, tmp_path, kind)
+    assert make_plan(space, name="first", storage=tmp_path, kind=kind).opening["event"] == kind
+    with pytest.raises(
+        InputError, match=f"name: 'first' .* it is a {kind}'s, and this is a {other}"
+    ):
+        make_plan(space, name="first", storage=tmp_path, kind=other)

@@ -1,5 +1,5 @@
 import io
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -7,8 +7,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from raytickets.config import StopRule
-from raytickets.plots import accuracy_against_macs, distance_curve, kept_channels
+from raytickets.config import Method, StopRule
+from raytickets.plots import (
+    METHODS,
+    accuracy_against_macs,
+    distance_curve,
+    distance_matrix,
+    kept_channels,
+    methods_against_macs,
+)
 
 
 def saved(figure: Figure) -> bytes:
@@ -57,6 +64,35 @@ def test_distance_curve_of_the_paper_rule_and_before_the_window_fills():
     assert figure.axes[0].get_ylabel() == "mask distance (share of channels)"
     assert "drawn below 0.1" in [line.get_label() for line in figure.axes[0].lines]
     assert saved(figure)
+
+
+SETTLING = [[0, 0.9, 1.2], [0.9, 0, 0.1], [1.2, 0.1, 0]]
+
+
+@pytest.mark.parametrize("ratios", [1, 2, 5])
+def test_distance_matrix_has_a_square_for_every_ratio_with_its_draw(ratios: int):
+    matrices = {f"{place / 10:g}": SETTLING for place in range(1, ratios + 1)}
+    figure = distance_matrix([1, 2, 3], matrices, {"0.1": 3}, StopRule())
+    panels = [axes for axes in figure.axes if axes.collections and axes.get_title(loc="left")]
+    titles = [axes.get_title(loc="left") for axes in panels]
+    assert titles[0] == "prune ratio 0.1, drawn at epoch 3"
+    assert titles[1:] == [f"prune ratio {ratio}, not drawn" for ratio in list(matrices)[1:]]
+    colors = np.asarray(panels[0].collections[0].get_array()).reshape(3, 3)
+    assert colors.tolist() == SETTLING
+    across, down = panels[0].lines
+    assert (points(across)[0][0], points(down)[0][1]) == (3, 3)
+    top, bottom = panels[0].get_ylim()[::-1]
+    assert top < bottom
+    assert "mask distance (1 = chance)" in [axes.get_ylabel() for axes in figure.axes]
+    assert saved(figure).startswith(b"\x89PNG")
+
+
+def test_distance_matrix_colours_chance_alike_in_every_figure():
+    for highest in (0.3, 2.5):
+        figure = distance_matrix([1, 2], {"0.5": [[0, highest], [highest, 0]]}, {}, StopRule())
+        assert figure.axes[0].collections[0].get_clim() == (0, 1)
+    figure = distance_matrix([1, 2], {"0.5": [[0, 0.3], [0.3, 0]]}, {}, StopRule("paper"))
+    assert figure.axes[0].collections[0].get_clim() == (0, 0.3)
 
 
 @pytest.mark.parametrize("groups", [1, 60])
@@ -146,3 +182,40 @@ def test_accuracy_against_macs_after_retraining():
     ]
     assert points(winners.lines[0]) == [(490_000, 0.95)]
     assert saved(figure)
+
+
+def compared(method: str, ratio: float, accuracies: list[float], macs: int) -> list[dict[str, Any]]:
+    return [
+        {"method": method, "prune_ratio": ratio, "seed": seed, "macs": macs, "test_accuracy": value}
+        for seed, value in enumerate(accuracies)
+    ]
+
+
+def test_methods_against_macs_shows_means_spread_and_front():
+    runs = [
+        *compared("dense", 0.0, [0.9, 0.92], 1_000_000),
+        *compared("early_bird", 0.5, [0.9, 0.91], 300_000),
+        *compared("early_bird", 0.3, [0.92, 0.94], 500_000),
+        *compared("random", 0.3, [0.8], 500_000),
+    ]
+    figure = methods_against_macs(runs)
+    (axes,) = figure.axes
+    shown = {str(bars.get_label()): bars for bars in axes.containers}
+    assert list(shown) == ["dense", "early_bird", "random"]
+    assert points(shown["early_bird"].lines[0]) == [
+        (500_000, pytest.approx(0.93)),
+        (300_000, pytest.approx(0.905)),
+    ]
+    ends = np.asarray(shown["early_bird"].lines[2][0].get_segments())[0][:, 1]
+    assert ends == pytest.approx([0.93 - 0.02 / 2**0.5, 0.93 + 0.02 / 2**0.5])
+    front = [line for line in axes.lines if "Pareto" in str(line.get_label())]
+    assert [x for x, _ in points(front[0])] == [300_000, 500_000]
+    assert texts(figure) == ["prune ratio 0.3", "prune ratio 0.5"]
+    assert axes.get_title(loc="left") == "mean over 2 seeds, bars of one standard deviation"
+    assert saved(figure)
+
+
+def test_every_method_looks_different():
+    assert set(METHODS) == set(get_args(Method))
+    assert len(set(METHODS.values())) == len({color for color, _ in METHODS.values()}) == 9
+    assert len({marker for _, marker in METHODS.values()}) == 9

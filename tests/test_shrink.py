@@ -19,10 +19,18 @@ from raytickets.shrink import (
     gammas,
     mask_network,
     scorer,
+    sensitivity,
     shrink,
 )
 
-FAST = ["cifar_vgg", "cifar_resnet", "mobilenet_v3_small", "regnet_y_400mf", "googlenet"]
+FAST = [
+    "cifar_vgg",
+    "cifar_resnet",
+    "cifar_preresnet",
+    "mobilenet_v3_small",
+    "regnet_y_400mf",
+    "googlenet",
+]
 SLOW = [
     *("resnet18", "resnet50", "wide_resnet50_2", "resnext50_32x4d", "regnet_x_400mf", "vgg16_bn"),
     *("mobilenet_v2", "mobilenet_v3_large", "densenet121", "efficientnet_b0", "efficientnet_v2_s"),
@@ -37,7 +45,8 @@ def build(name, seed=0, **options):
 
 
 def images_for(name):
-    side = {"cifar_vgg": 32, "cifar_resnet": 32, "inception_v3": 80}.get(name, 64)
+    small = dict.fromkeys(("cifar_vgg", "cifar_resnet", "cifar_preresnet"), 32)
+    side = {**small, "inception_v3": 80}.get(name, 64)
     return torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0)).double()
 
 
@@ -155,13 +164,17 @@ def test_every_other_network_of_torchvision_can_be_shrunk(name):
 
 def tiny(name):
     """A network of about 100 channels, as if trained, with its groups and images."""
-    options = {"cifar_vgg": {"depth": 9, "width": 0.125}, "cifar_resnet": {"depth": 8, "width": 4}}
+    options = {
+        "cifar_vgg": {"depth": 9, "width": 0.125},
+        "cifar_resnet": {"depth": 8, "width": 4},
+        "cifar_preresnet": {"depth": 20, "width": 2},
+    }
     network = as_if_trained(build(name, **options[name]))
     images = images_for(name)[..., :8, :8]
     return network, channel_groups(network, images), images
 
 
-TINY = {name: tiny(name) for name in ("cifar_vgg", "cifar_resnet")}
+TINY = {name: tiny(name) for name in ("cifar_vgg", "cifar_resnet", "cifar_preresnet")}
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -302,6 +315,43 @@ def test_a_scorer_sees_what_has_changed_since():
     assert ((score() > 0) == mask).all()
 
 
+@pytest.mark.parametrize("name", ["cifar_resnet", "mobilenet_v3_small", "regnet_y_400mf"])
+def test_sensitivity_sums_over_the_weights_that_write_a_channel(name):
+    network = build(name).float().train()
+    images = images_for(name).float()
+    groups = channel_groups(network, images)
+    network(images).square().sum().backward()
+    expected = []
+    for group in groups:
+        for channel in range(group.width):
+            rows = [
+                (network.get_submodule(part.module).weight, index)
+                for part in group.parts
+                if part.axis == "out"
+                for index, owner in zip(part.channels, part.owners, strict=True)
+                if owner == channel
+            ]
+            expected.append(sum((w[i] * w.grad[i]).abs().sum().item() for w, i in rows))
+    found = sensitivity(network, groups)
+    assert found.dtype == torch.float32
+    assert found.max() > 0
+    torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-4, atol=1e-7)
+
+
+def test_a_channel_that_the_loss_does_not_depend_on_has_no_sensitivity():
+    network = nn.Sequential(
+        nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 2, 1), nn.Flatten()
+    )
+    images = torch.rand(4, 1, 5, 5)
+    groups = channel_groups(network, images)
+    with torch.no_grad():
+        network.get_parameter("3.weight")[:, 1] = 0
+    network(images).square().sum().backward()
+    scores = sensitivity(network, groups)
+    assert scores[1] == 0
+    assert (scores[[0, 2]] > 0).all()
+
+
 def test_gammas_are_all_scales_in_module_order_without_sign():
     network = nn.Sequential(nn.BatchNorm2d(2), nn.BatchNorm2d(2, affine=False), nn.BatchNorm2d(1))
     with torch.no_grad():
@@ -345,6 +395,27 @@ def test_a_shrunk_network_can_be_shrunk_again():
     network, groups, images = TINY["cifar_resnet"]
     small = shrink(network, groups, random_mask(groups, 0.3))
     check_prunable(small, channel_groups(small, images), images)
+
+
+@pytest.mark.parametrize("name", TINY)
+@settings(max_examples=5)
+@given(data=st.data())
+def test_shrinking_in_rounds_is_shrinking_at_once(name, data):
+    """What lets a ticket that was cut several times be one mask over the whole network."""
+    network, groups, images = TINY[name]
+    seed = data.draw(st.integers(0, 1000))
+    scores = torch.rand(sum(g.width for g in groups), generator=torch.Generator().manual_seed(seed))
+    widths = [group.width for group in groups]
+    best = torch.cat([part == part.max() for part in scores.split(widths)])
+    wide, narrow = best | (scores > 0.3), best | (scores > 0.6)
+    small = shrink(network, groups, wide)
+    again = channel_groups(small, images)
+    kept = [int(part.sum()) for part in wide.split(widths)]
+    assert [(g.name, g.width) for g in again] == list(
+        zip((g.name for g in groups), kept, strict=True)
+    )
+    twice, once = shrink(small, again, narrow[wide]), shrink(network, groups, narrow)
+    assert all(map(torch.equal, twice.state_dict().values(), once.state_dict().values()))
 
 
 def test_a_mask_that_keeps_everything_changes_nothing():

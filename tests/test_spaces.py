@@ -1,11 +1,13 @@
 """Spaces are found by name, file and module; what goes wrong in them is told in one line."""
 
+import dataclasses
 import sys
 import textwrap
 
 import pytest
 
 from raytickets.config import InputError, SearchSpace
+from raytickets.plan import make_plan
 from raytickets.spaces import built_in, load_space
 
 SPACE = """
@@ -39,8 +41,57 @@ def test_a_built_in_space_loads_by_its_name(name):
     assert load_space(name).name == name
 
 
-def test_a_built_in_space_has_a_smoke_variant_of_its_own():
-    assert load_space("cifar10", smoke=True) != load_space("cifar10")
+PAPER = [name for name in built_in() if name.startswith(("cifar", "imagenet"))]
+IMAGENET = [name for name in PAPER if name.startswith("imagenet")]
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_a_space_of_the_paper_has_its_recipe(name):
+    space = load_space(name)
+    recipe = space.retraining
+    schedule = (90, (30, 60)) if name in IMAGENET else (160, (80, 120))
+    assert (recipe.epochs, recipe.milestones) == schedule
+    for part in (space.training, recipe):
+        assert (part.batch_size, part.learning_rate) == (256, 0.1)
+        assert (part.momentum, part.weight_decay) == (0.9, 1e-4)
+    assert space.training.schedule == "constant"
+    assert space.training.epochs == recipe.milestones[0]
+    assert space.penalties == (1e-4,)
+    assert space.prune_ratios == (0.3, 0.5, 0.7)
+
+
+def made_up(name, space, image_folder):
+    """The space on an ImageFolder of noise."""
+    held_out = "val" if name in IMAGENET else "test"
+    counts = {"train": 100, held_out: 3}
+    path = image_folder(
+        {f"{split}/{n}": count for split, count in counts.items() for n in range(4)},
+        (40, 36) if name in IMAGENET else (32, 32),
+    )
+    return dataclasses.replace(
+        space, data=dataclasses.replace(space.data, source="folder", path=str(path))
+    )
+
+
+def check_plan(name, smoke, image_folder, tmp_path):
+    space = made_up(name, load_space(name, smoke=smoke), image_folder)
+    opening = make_plan(space, name="first", storage=tmp_path / "sweeps").opening
+    assert opening["space"]["name"] == space.name
+    return opening
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_smoke_variant_of_a_space_can_be_searched(name, image_folder, tmp_path):
+    assert load_space(name, smoke=True).resources.gpus_per_trial == 0
+    check_plan(name, True, image_folder, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PAPER)
+def test_a_space_of_the_paper_can_be_searched(name, image_folder, tmp_path):
+    opening = check_plan(name, False, image_folder, tmp_path)
+    widths = {"vgg16": 4224, "preresnet101": 2928, "resnet18": 2880, "resnet50": 11456}
+    assert opening["channels"] == widths[name.partition("_")[2]]
 
 
 @pytest.mark.parametrize("name", built_in())

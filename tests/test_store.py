@@ -28,13 +28,15 @@ def test_a_server_shows_itself_and_a_file_needs_a_command():
     assert ui_command("sqlite:////a b/m.db").endswith("--backend-store-uri 'sqlite:////a b/m.db'")
 
 
-def test_the_address_is_of_the_tickets_of_a_space(tmp_path: Path):
+def test_the_address_is_of_the_tickets_of_a_sweep(tmp_path: Path):
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     experiment = MlflowClient(uri).create_experiment("raytickets/digits")
-    address = tickets_address(uri, "digits")
+    address = tickets_address(uri, "digits", "sweep", "monday")
     assert address.startswith(f"http://127.0.0.1:5000/#/experiments/{experiment}/runs?")
     assert "searchFilter=tags.%22raytickets.kind%22%20%3D%20%22ticket%22" in address
-    assert tickets_address(uri, "other").startswith("http://127.0.0.1:5000/#/experiments?")
+    assert "tags.%22raytickets.sweep%22%20%3D%20%22monday%22" in address
+    nowhere = tickets_address(uri, "other", "sweep", "monday")
+    assert nowhere.startswith("http://127.0.0.1:5000/#/experiments?")
 
 
 def test_a_store_that_cannot_be_used_is_refused_in_one_line_and_at_once(tmp_path: Path):

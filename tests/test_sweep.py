@@ -2,6 +2,7 @@
 
 import json
 
+import made_up_comparison
 import pytest
 from made_up_sweep import (
     FINISHED,
@@ -22,6 +23,7 @@ from made_up_sweep import (
     write,
 )
 
+from raytickets import comparison
 from raytickets.config import InputError
 from raytickets.sweep import Sweep
 
@@ -93,6 +95,38 @@ def test_a_ticket_tells_of_its_last_rung_and_of_what_all_its_proofs_cost(sweep):
         MIDDLE: (1, 0.95, 20 * GIGA),
         SMALL: (2, 0.965, (20 + 40) * GIGA),
     }
+
+
+def test_proofs_are_compared_with_what_retraining_came_to(sweep):
+    assert sweep(FINISHED).report()["proof_correlation"] == {"spearman": None, "n": 2}
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "correlation"), [(0.95, 1.0), (0.98, 0.5), (0.99, -0.5), (0.9625, 0.866)]
+)
+def test_the_correlation_is_over_winners_and_tickets_retrained_by_hand(
+    sweep, accuracy, correlation
+):
+    """The proofs rank MIDDLE last of three."""
+    later = [*FINISHED, retrained(MIDDLE, 900_000, 450 * GIGA, accuracy)]
+    found = sweep(later).report()["proof_correlation"]
+    assert found == {"spearman": pytest.approx(correlation, abs=1e-3), "n": 3}
+
+
+def test_a_correlation_that_is_not_defined_is_null(sweep):
+    same = [e | {"validation_accuracy": 0.9} if e["event"] == "retrained" else e for e in FINISHED]
+    same += [retrained(MIDDLE, 900_000, 450 * GIGA, 0.91)]
+    assert sweep(same).report()["proof_correlation"] == {"spearman": None, "n": 3}
+
+
+def test_failures_are_the_trajectories_that_failed_last(sweep):
+    failed = trajectory(HIGH, "failed", 0, {"0.3": "failed", "0.5": "failed"}, "worker died")
+    assert sweep([OPENING, failed]).failures() == [failed]
+
+
+def test_a_trajectory_that_ran_again_is_no_failure(sweep):
+    failed = trajectory(HIGH, "failed", 0, {"0.3": "failed", "0.5": "failed"}, "worker died")
+    assert sweep([OPENING, failed, *FINISHED[1:]]).failures() == []
 
 
 def test_rows_are_of_the_dense_network_and_of_the_winners_in_order(sweep):
@@ -183,3 +217,10 @@ def test_a_folder_that_is_no_sweep_is_refused(tmp_path, journal, said):
         (tmp_path / "journal.jsonl").write_text(journal)
     with pytest.raises(InputError, match=rf"^sweep: '{tmp_path}' is not allowed: {said}"):
         Sweep(tmp_path).report()
+
+
+def test_a_comparisons_folder_has_its_own_report(tmp_path):
+    compared = Sweep(write(tmp_path / "duel", made_up_comparison.finished()))
+    assert compared.report() == comparison.report(compared.events())
+    assert compared.space() == made_up_comparison.COMPARED
+    assert compared.failures() == []

@@ -19,6 +19,7 @@ from raytickets.ticket import (
     group_masks,
     kept_channels,
     load_ticket,
+    save_retrained,
     save_ticket,
 )
 
@@ -189,3 +190,17 @@ sys.exit(len(seen) - start)
 """
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-c", watched, str(ticket.path)], env=environment, check=True)
+
+
+def test_a_retrained_ticket_is_the_same_mask_with_other_weights(ticket, tmp_path):
+    retrained = ticket.fresh_network(seed=5)
+    told = {"epochs": 3, "num_workers": 1, "validation_accuracy": 0.5, "test_accuracy": 0.25}
+    event = {"event": "retrained", "run": ticket.id, "seconds": 1.0, **told}
+    saved = save_retrained(tmp_path / "retrained", ticket.path, retrained, event)
+    again = load_ticket(saved.path)
+    assert torch.equal(again.mask, ticket.mask)
+    assert again.manifest["retrained"] == {"from": ticket.id, **told}
+    weights = again.network().state_dict()
+    assert all(torch.equal(weights[name], t) for name, t in retrained.state_dict().items())
+    unchanged = ("network", "groups", "round_to", "precision", "seed")
+    assert all(again.manifest[name] == ticket.manifest[name] for name in unchanged)

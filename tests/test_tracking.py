@@ -5,7 +5,9 @@ import socket
 import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
+import made_up_comparison
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
@@ -19,7 +21,7 @@ from raytickets.config import (
     Training,
 )
 from raytickets.journal import Event
-from raytickets.tracking import Tracker, prepare_store
+from raytickets.tracking import Tracker, prepare_store, tickets_address
 
 SPACE = SearchSpace(
     name="digits",
@@ -33,6 +35,7 @@ SPACE = SearchSpace(
 )
 LOW, HIGH = "penalty0.0001-seed0", "penalty0.001-seed0"
 TICKETS = ("aaaa", "bbbb", "cccc")
+MATRIX = {"epochs": [2.5, 3.0], "ratios": {"0.3": [[0, 0.1], [0.1, 0]]}}
 REASONS = {
     "diverged": "the loss was nan in epoch 3",
     "hopeless": "others were more accurate by then",
@@ -65,6 +68,7 @@ def ticket(folder: Path, key: str, penalty: float, ratio: float, check: int) -> 
         "trajectory": f"penalty{penalty:g}-seed0",
         "ticket": key,
         "path": f"tickets/{key}",
+        "method": "early_bird",
         "penalty": penalty,
         "prune_ratio": ratio,
         "learning_rate": 0.1,
@@ -99,6 +103,7 @@ def ended(trajectory: str, penalty: float, state: str, epochs: float) -> Event:
     return {
         "event": "trajectory",
         "trajectory": trajectory,
+        "method": "early_bird",
         "penalty": penalty,
         "seed": 0,
         "state": state,
@@ -107,6 +112,8 @@ def ended(trajectory: str, penalty: float, state: str, epochs: float) -> Event:
         "train_macs": epochs * 3_000_000,
         "seconds": epochs * 1.5,
         "ratios": {"0.3": "drawn", "0.5": state},
+        "changes": {},
+        "distances_matrix": MATRIX if state == "drawn" else {"epochs": [], "ratios": {}},
     }
 
 
@@ -275,7 +282,12 @@ def test_params(tracked: Any):
     assert sweep["data.validation"] == "0.1"
     assert sweep["dense.macs"] == "1000000"
     assert sweep["versions.torch"] == "2.12.0"
-    assert runs[LOW].data.params == {"penalty": "0.0001", "seed": "0", "learning_rate": "0.1"}
+    assert runs[LOW].data.params == {
+        "method": "early_bird",
+        "penalty": "0.0001",
+        "seed": "0",
+        "learning_rate": "0.1",
+    }
     assert runs["bbbb"].data.params == {
         "penalty": "0.0001",
         "prune_ratio": "0.5",
@@ -283,7 +295,21 @@ def test_params(tracked: Any):
         "seed": "0",
         "stop_rule": "corrected",
         "network": "cifar_vgg",
+        "method": "early_bird",
     }
+    reference = {"method": "dense", "seed": "0", "network": "cifar_vgg"}
+    assert runs["dense"].data.params == reference
+
+
+def test_every_run_says_how_to_get_it_again(tracked: Any, client: MlflowClient):
+    _, _, runs = tracked
+    for key, run in runs.items():
+        path = client.download_artifacts(run.info.run_id, "space.json")
+        assert SearchSpace.from_dict(json.loads(Path(path).read_text())) == SPACE, key
+        if key != "sweep":  # There they are params.
+            assert run.data.tags["raytickets.fingerprint"] == SPACE.fingerprint
+            assert json.loads(run.data.tags["raytickets.versions"]) == {"torch": "2.12.0"}
+            assert run.data.params["seed"] == "0"
 
 
 def test_a_trajectorys_steps_are_its_checks(tracked: Any, client: MlflowClient):
@@ -325,9 +351,12 @@ def test_a_tickets_figures_and_those_of_its_retraining(tracked: Any, client: Mlf
 
 def test_artifacts(tracked: Any, client: MlflowClient, tmp_path: Path):
     folder, _, runs = tracked
-    assert artifacts(client, runs["sweep"]) == {"tickets.json", "accuracy_against_macs.png"}
-    assert artifacts(client, runs[HIGH]) == {"mask_distance.png"}
-    assert artifacts(client, runs["aaaa"]) == {"ticket", "mask_distance.png", "kept_channels.png"}
+    everywhere = {"space.json", "mask_distance.png"}
+    assert artifacts(client, runs[LOW]) == everywhere | {"mask_distance_matrix.png"}
+    assert artifacts(client, runs[HIGH]) == everywhere
+    assert artifacts(client, runs["aaaa"]) == everywhere | {"ticket", "kept_channels.png"}
+    shown = {"space.json", "tickets.json", "accuracy_against_macs.png"}
+    assert artifacts(client, runs["sweep"]) == shown
     path = client.download_artifacts(runs["aaaa"].info.run_id, "ticket", str(tmp_path))
     weights = (Path(path) / "ticket.safetensors").read_bytes()
     assert weights == (folder / "tickets/aaaa/ticket.safetensors").read_bytes()
@@ -476,3 +505,46 @@ def test_a_trajectory_that_is_run_again_doubles_nothing(
     assert len(history(client, runs["cccc"], "proof_accuracy")) == 1
     assert runs[HIGH].data.metrics["epochs"] == 3
     assert len(table(client, runs["sweep"])) == 1
+
+
+def test_a_comparison_is_tracked_and_its_tickets_are_found_by_their_address(
+    client: MlflowClient, uri: str, tmp_path: Path
+):
+    found_by = {("dense", 0.0): [0.98], ("early_bird", 0.3): [0.97], ("random", 0.3): [0.96]}
+    events = made_up_comparison.finished(accuracy=found_by)
+    assert track(uri, tmp_path, events) is None
+    experiment = client.get_experiment_by_name("raytickets/digits")
+    assert experiment is not None
+    address = tickets_address(uri, "digits", "comparison", "duel")
+    query = parse_qs(urlsplit(address.replace("/#/", "/")).query)
+    found = client.search_runs(
+        [experiment.experiment_id],
+        query["searchFilter"][0],
+        order_by=[query["orderByKey"][0] + " DESC"],
+    )
+    shown = {run.data.params["method"]: run.data.metrics["test_accuracy"] for run in found}
+    assert list(shown.items()) == [("dense", 0.98), ("early_bird", 0.97), ("random", 0.96)]
+    one = f"tags.`raytickets.run` = '{made_up_comparison.source('early_bird', 0)}'"
+    (source,) = client.search_runs([experiment.experiment_id], one)
+    (top,) = client.search_runs([experiment.experiment_id], "tags.`raytickets.kind` = 'comparison'")
+    assert source.data.tags["mlflow.parentRunId"] == top.info.run_id
+    assert (top.info.run_name, top.info.status) == ("duel", "FINISHED")
+    path = client.download_artifacts(top.info.run_id, "comparison.json")
+    content = json.loads(Path(path).read_text())
+    rows = [dict(zip(content["columns"], row, strict=True)) for row in content["data"]]
+    assert [row["n"] for row in rows if row["method"] == "dense"] == [1]
+
+
+def test_a_mean_that_falls_with_more_seeds_is_the_one_that_is_shown(
+    client: MlflowClient, uri: str, tmp_path: Path
+):
+    events = made_up_comparison.finished(accuracy={("dense", 0.0): [0.98, 0.96]})
+    events[0] = events[0] | {"name": "again"}
+    first = next(i for i, event in enumerate(events) if event["event"] == "retrained")
+    for end in (first + 1, len(events)):
+        assert track(uri, tmp_path, events[:end]) is None
+    experiment = client.get_experiment_by_name("raytickets/digits")
+    assert experiment is not None
+    kind = "tags.`raytickets.kind` = 'comparison' and tags.`raytickets.comparison` = 'again'"
+    (top,) = client.search_runs([experiment.experiment_id], kind)
+    assert top.data.metrics["dense_test_accuracy"] == pytest.approx(0.97)

@@ -1,6 +1,7 @@
 """The training loop against PyTorch's own optimizer and schedules; bfloat16 beside float32."""
 
 import copy
+from itertools import islice
 
 import pytest
 import torch
@@ -15,8 +16,10 @@ from raytickets.train import (
     Numerics,
     accuracy,
     add_penalty,
+    fit,
     learning_rate,
     numerics,
+    round_at_random,
     scale_parameters,
     seeded,
     train,
@@ -40,10 +43,11 @@ def batches(count=5):
     ]
 
 
-def test_an_epoch_is_what_torch_optim_computes():
+@pytest.mark.parametrize("momentum", [0.9, 0.0])
+def test_an_epoch_is_what_torch_optim_computes(momentum):
     ours, theirs = small_network(), small_network()
-    optimizer = torch.optim.SGD(theirs.parameters(), 0.1, momentum=0.9, weight_decay=1e-2)
-    loss = train(ours, SGD(ours, 0.9, 1e-2), batches(), [0.1] * 5, PLAIN, penalty=1e-2)
+    optimizer = torch.optim.SGD(theirs.parameters(), 0.1, momentum=momentum, weight_decay=1e-2)
+    loss = train(ours, SGD(ours, momentum, 1e-2), batches(), [0.1] * 5, PLAIN, penalty=1e-2)
     losses = []
     for images, labels in batches():
         optimizer.zero_grad()
@@ -161,3 +165,118 @@ def test_auto_is_bfloat16_where_the_processor_computes_it(monkeypatch, fast):
     assert numerics("auto", True, grouped).dtype == torch.float32
     assert numerics("float32", True, dense).dtype == torch.float32
     assert numerics("bfloat16", True, grouped).dtype == torch.bfloat16
+
+
+def fitted(digits, recipe, *, parts=1, **options):
+    """A tiny network's weights after the recipe, done in so many parts, and what `fit` told."""
+    network = build_network(
+        Network("cifar_vgg", {"depth": 9, "width": 0.125}), in_channels=1, num_classes=10, seed=0
+    )
+    optimizer, told = SGD(network, recipe.momentum, recipe.weight_decay), []
+    for part in range(parts):
+        first = recipe.epochs * part // parts
+        losses = fit(network, optimizer, digits, recipe, seeded, PLAIN, first=first, **options)
+        told += islice(losses, recipe.epochs // parts * options.get("checks_per_epoch", 1))
+    return network.state_dict(), told
+
+
+RECIPE = Training(epochs=2, batch_size=100, learning_rate=0.05, schedule="cosine")
+
+
+def test_fit_is_the_recipe_epoch_by_epoch(digits):
+    weights, told = fitted(digits, RECIPE, penalty=1e-3)
+    network = build_network(
+        Network("cifar_vgg", {"depth": 9, "width": 0.125}), in_channels=1, num_classes=10, seed=0
+    )
+    optimizer, count = SGD(network, 0.9, 1e-4), digits.count(100)
+    expected = []
+    for epoch in range(2):
+        rates = [learning_rate(RECIPE, epoch + step / count) for step in range(count)]
+        training = digits.training(100, seeded(epoch))
+        loss = train(network, optimizer, training, rates, PLAIN, penalty=1e-3)
+        expected.append(((epoch + 1) * count, loss))
+    assert told == expected
+    assert all(torch.equal(weights[name], other) for name, other in network.state_dict().items())
+
+
+def test_looking_more_often_and_going_on_later_change_nothing(digits):
+    weights, told = fitted(digits, RECIPE)
+    often, looks = fitted(digits, RECIPE, checks_per_epoch=3)
+    later, again = fitted(digits, RECIPE, parts=2)
+    count = digits.count(100)
+    places = [0, count // 3, 2 * count // 3]
+    assert [steps for steps, _ in looks] == [
+        *places[1:],
+        count,
+        *(count + p for p in places[1:]),
+        2 * count,
+    ]
+    assert told == again
+    for others in (often, later):
+        assert all(torch.equal(weights[name], others[name]) for name in weights)
+
+
+def test_workers_share_every_batch(digits, monkeypatch):
+    asked = []
+    training = digits.training
+
+    def recorded(size, order, rank, world):
+        asked.append((rank, world))
+        return training(size, order, rank, world)
+
+    monkeypatch.setattr(digits, "training", recorded)
+    fitted(digits, RECIPE, worker=(1, 2))
+    assert asked == [(1, 2), (1, 2)]
+
+
+def test_files_are_decoded_by_the_same_processes_in_every_epoch(image_folder, monkeypatch):
+    data = Data(
+        "folder", str(image_folder({"cat": 20, "dog": 20})), loading="stream", loader_workers=1
+    )
+    batches, started = Batches(load_data(data), data), []
+    start = batches._decoders._start
+    monkeypatch.setattr(batches._decoders, "_start", lambda: started.append(1) or start())
+    network = nn.Sequential(nn.Conv2d(3, 2, 8), nn.BatchNorm2d(2), nn.Flatten())
+    recipe = Training(epochs=3, batch_size=4, learning_rate=0.01)
+    list(fit(network, SGD(network, 0.9, 0), batches, recipe, seeded, PLAIN, checks_per_epoch=2))
+    assert len(started) == 1
+
+
+def test_weights_in_bfloat16_are_so_everywhere_but_in_the_loss(digits):
+    low = Numerics(torch.device("cpu"), torch.bfloat16, True, weights=torch.bfloat16)
+    network, losses = trained(digits, low)
+    tensors = [tensor for tensor in network.state_dict().values() if tensor.ndim]
+    assert {tensor.dtype for tensor in tensors} == {torch.bfloat16}
+    assert {velocity.dtype for velocity in SGD(network, 0.9, 0).velocity} == {torch.bfloat16}
+    images, _ = next(digits.evaluation("validation"))
+    assert low.logits(network, images).dtype == torch.float32
+    assert losses[1] < losses[0]
+    assert accuracy(network, digits, "validation", low) > 0.5
+
+
+def test_exact_is_float32_whatever_trained():
+    low = Numerics(torch.device("cpu"), torch.bfloat16, True, weights=torch.bfloat16)
+    assert low.exact == Numerics(torch.device("cpu"), torch.float32, True)
+    network = low.exact.place(low.place(small_network()))
+    assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
+
+
+def test_rounding_at_random_is_right_on_average():
+    values = torch.tensor([1.0, 1.003, -0.7, 3e-5, 0.0, -torch.inf])
+    drawn = torch.stack([round_at_random(values, seeded(place)) for place in range(4000)])
+    assert torch.equal(drawn, drawn.bfloat16().float())
+    torch.testing.assert_close(drawn.double().mean(0), values.double(), rtol=1e-4, atol=0)
+    for place, value in enumerate(values):
+        expected = 1 if value == value.bfloat16() else 2
+        assert len(drawn[:, place].unique()) == expected
+
+
+def test_steps_smaller_than_bfloat16_can_tell_are_not_lost():
+    network = nn.Linear(10_000, 1, bias=False).bfloat16()
+    nn.init.ones_(network.weight)
+    optimizer = SGD(network, 0.0, 0.0)
+    for _ in range(100):
+        network.weight.grad = torch.ones_like(network.weight)
+        optimizer.step(1e-4)
+    assert network.weight.float().mean().item() == pytest.approx(0.99, abs=1e-3)
+    assert network.weight.float().std() > 0

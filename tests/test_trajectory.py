@@ -55,6 +55,30 @@ def test_one_trajectory_draws_every_ratio_and_then_ends(drawn):
     assert events[-1] is end
 
 
+def test_the_end_tells_of_the_distances_between_all_masks(drawn):
+    _, events = drawn
+    (end,), checks = select(events, "trajectory"), select(events, "check")
+    assert (end["method"], end["changes"]) == ("early_bird", {})
+    matrix = end["distances_matrix"]
+    assert matrix["epochs"] == [check["epoch"] for check in checks]
+    for ratio in ("0.3", "0.6"):
+        rows = matrix["ratios"][ratio]
+        assert len(rows) == len(checks)
+        window = SPACE.stop_rule.window
+        for place in range(window - 1, len(checks)):
+            farthest = max(rows[place][place - window + 1 : place])
+            assert farthest == pytest.approx(checks[place]["distances"][ratio], abs=1e-3)
+
+
+def test_a_point_with_changes_says_what_it_changed(dataset, tmp_path):
+    changes = {"training.epochs": 5, "network.options.width": 0.25}
+    point = Point(1e-3, 0, number=7, changes=changes)
+    events = [e for some in run_trajectory(prepare(SPACE, dataset, tmp_path), point) for e in some]
+    (end,) = select(events, "trajectory")
+    assert (end["trajectory"], end["changes"]) == ("trial7-seed0", changes)
+    assert end["distances_matrix"]["epochs"] == [1, 2, 3, 4, 5]
+
+
 def test_no_ratio_draws_before_the_window_is_full(drawn):
     _, events = drawn
     window = SPACE.stop_rule.window
@@ -68,6 +92,7 @@ def test_the_ticket_on_disk_is_the_network_that_was_proved(drawn, dataset):
         ticket = load_ticket(folder / event["path"])
         network, manifest = ticket.network(), ticket.manifest
         assert ticket.id == event["ticket"]
+        assert manifest["method"] == event["method"] == "early_bird"
         assert cost.macs(network, dataset.shape.example()) == manifest["macs"] == event["macs"]
         assert cost.params(network) == manifest["params"] == event["params"]
         assert manifest["draw"] == {"check": event["draw_check"], "epoch": event["draw_epoch"]}

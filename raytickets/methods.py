@@ -1,0 +1,349 @@
+"""The methods that `raytickets compare` sets side by side, and the training that judges them.
+
+Whatever a method does, it ends in tickets: a mask with the weights to start retraining from. Masks
+go by the same groups, floor and rounding, and every ticket is then retrained alike.
+
+`dense`: all channels, initial weights. `early_bird`: drawn as in a sweep, with the weights of the
+draw; `early_bird_reinit`: the same mask, new weights. `random`: the width of `early_bird` in every
+group, channels at random, weights of the same draw. `progressive`: trained to the end under the
+penalty, then cut (network slimming, Liu et al. 2017, arXiv 1708.06519); `iterative`: the same in
+rounds of train and cut (section 3.3 there). `lottery_ticket`: the mask of `progressive`, with the
+weights of the start (Frankle and Carbin 2019, arXiv 1803.03635) or of an early epoch (Frankle et
+al. 2020, arXiv 1912.05671). `snip`: cut at the start (Lee et al. 2019, arXiv 1810.02340; see
+`shrink.sensitivity`). `low_precision`: `early_bird` searched with weights, BatchNorm and optimizer
+in bfloat16 (see `train.SGD`), where channels tie, and ties at the cut go together; 8-bit training,
+as in the paper, is not offered, since no maintained library has it for convolutions (torchao trains
+linear layers alone, PyTorch's quantisation-aware training rounds the forward pass alone).
+"""
+
+import copy
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from raytickets import cost
+from raytickets.config import Method, SearchSpace
+from raytickets.cost import Ledger
+from raytickets.energy import Meter
+from raytickets.journal import Event
+from raytickets.shrink import ChannelGroup, channel_groups, sensitivity, shrink
+from raytickets.ticket import load_ticket, save_retrained
+from raytickets.train import SGD, epoch_event, fit, retrained_event, seeded
+from raytickets.trajectory import (
+    Check,
+    Setting,
+    Trajectory,
+    checks,
+    converged,
+    cut_groups,
+    dense_network,
+    diverged,
+    ending,
+    mask_window,
+    spent,
+    until_drawn,
+    write_ticket,
+)
+
+SOURCES: dict[str, tuple[Method, ...]] = {
+    "dense": ("dense",),
+    "early_bird": ("early_bird", "early_bird_reinit", "random"),
+    "progressive": ("progressive", "lottery_ticket"),
+    "iterative": ("iterative",),
+    "snip": ("snip",),
+    "low_precision": ("low_precision",),
+}
+"""What finds the tickets of which methods."""
+
+SNIP_BATCH = 128
+"""Images that `snip` looks at, at least."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A piece of a comparison's search: one training, or one look, that tickets are taken from."""
+
+    kind: str
+    penalty: float
+    """0 where nothing is trained under one."""
+    seed: int
+
+    @property
+    def id(self) -> str:
+        return f"{self.kind}-penalty{self.penalty:g}-seed{self.seed}"
+
+
+def penalty(space: SearchSpace) -> float:
+    """What a comparison's methods train under: the middle one of the space unless it says."""
+    if space.comparison.penalty is not None:
+        return space.comparison.penalty
+    return sorted(space.penalties)[len(space.penalties) // 2]
+
+
+def prune_ratios(space: SearchSpace) -> tuple[float, ...]:
+    """Those of a comparison."""
+    return space.comparison.prune_ratios or space.prune_ratios
+
+
+def sources(space: SearchSpace) -> list[Source]:
+    """Everything that the comparison's methods need, seed by seed."""
+    wanted = set(space.comparison.methods)
+    return [
+        Source(kind, 0.0 if kind in ("dense", "snip") else penalty(space), seed)
+        for seed in space.comparison.seeds
+        for kind, methods in SOURCES.items()
+        if wanted & set(methods)
+    ]
+
+
+def run_source(setting: Setting, source: Source) -> Iterator[list[Event]]:
+    """Do a source's work: lists of the events it made, the last of which tells how it ended.
+
+    Tickets are on disk under `tickets` in the comparison's folder when their events are yielded.
+    A ratio that does not draw has no ticket.
+    """
+    space = setting.space
+    if source.kind == "low_precision":
+        low = dataclasses.replace(setting.numerics, dtype=torch.bfloat16, weights=torch.bfloat16)
+        setting = dataclasses.replace(setting, numerics=low)
+    work, recipe = {
+        "dense": (_dense, None),
+        "early_bird": (_early_bird, space.training),
+        "progressive": (_progressive, space.retraining),
+        "iterative": (_iterative, space.retraining),
+        "snip": (_snip, None),
+        "low_precision": (_early_bird, space.training),
+    }[source.kind]
+    trajectory = Trajectory(
+        setting=setting,
+        id=source.id,
+        method=source.kind,
+        penalty=source.penalty,
+        seed=source.seed,
+        recipe=recipe,
+        prune_ratios=(0.0,) if source.kind == "dense" else prune_ratios(space),
+    )
+    yield from work(trajectory, setting.numerics.place(_initial(setting, source.seed)))
+
+
+def _initial(setting: Setting, seed: int) -> nn.Module:
+    return dense_network(setting.space, setting.dataset, seed)
+
+
+def _dense(trajectory: Trajectory, network: nn.Module) -> Iterator[list[Event]]:
+    setting = trajectory.setting
+    joules, energy = Meter(setting.numerics.device, setting.space.resources.watts).joules()
+    nothing = Ledger(0, 0, 0, 0.0, None if joules is None else 0.0, energy)
+    mask = _everything(setting)
+    event = _ticket(trajectory, "dense", 0.0, nothing, network, mask, mask)
+    yield [event, ending(trajectory, "drawn", {0.0: "drawn"}, 0.0, 0)]
+
+
+def _snip(trajectory: Trajectory, network: nn.Module) -> Iterator[list[Event]]:
+    setting, stage = trajectory.setting, _Stage(trajectory.setting)
+    size = max(SNIP_BATCH, setting.space.retraining.batch_size)
+    images, labels = next(setting.batches.training(size, seeded("snip", trajectory.seed)))
+    looked = copy.deepcopy(network).requires_grad_(True)
+    F.cross_entropy(setting.numerics.exact.logits(looked, images), labels).backward()
+    scores = sensitivity(looked, setting.groups)
+    ledger = stage.ledger(setting.dense_macs, len(labels))
+    events = [
+        _ticket(trajectory, "snip", ratio, ledger, network, *cut_groups(setting, scores, ratio))
+        for ratio in trajectory.prune_ratios
+    ]
+    states = dict.fromkeys(trajectory.prune_ratios, "drawn")
+    macs = cost.training_macs(setting.dense_macs, len(labels))
+    yield [*events, ending(trajectory, "drawn", states, 0.0, macs)]
+
+
+def _early_bird(trajectory: Trajectory, network: nn.Module) -> Iterator[list[Event]]:
+    setting, seed, stage = trajectory.setting, trajectory.seed, _Stage(trajectory.setting)
+    new = _initial(setting, seeded("reinit", seed).initial_seed())
+
+    def draw(check: Check, ratios: Sequence[float]) -> Iterator[Event]:
+        ledger = stage.ledger(setting.dense_macs, check.samples)
+        for ratio in ratios:
+            mask, chosen = cut_groups(setting, check.scores, ratio)
+            other = random_mask(setting.groups, mask, seeded("random", seed, ratio))
+            found = {
+                trajectory.method: (network, mask, chosen),
+                "early_bird_reinit": (new, mask, chosen),
+                "random": (network, other, other),
+            }
+            for method in _asked(trajectory):
+                yield _ticket(trajectory, method, ratio, ledger, *found[method], check)
+
+    yield from until_drawn(trajectory, network, converged, draw)
+
+
+def _progressive(trajectory: Trajectory, network: nn.Module) -> Iterator[list[Event]]:
+    setting, stage = trajectory.setting, _Stage(trajectory.setting)
+    rewind, early = setting.space.comparison.rewind, copy.deepcopy(network)
+
+    def draw(check: Check, ratios: Sequence[float]) -> Iterator[Event]:
+        ledger = stage.ledger(setting.dense_macs, check.samples)
+        weights = {"progressive": network, "lottery_ticket": early}
+        for ratio in ratios:
+            mask, chosen = cut_groups(setting, check.scores, ratio)
+            for method in _asked(trajectory):
+                yield _ticket(trajectory, method, ratio, ledger, weights[method], mask, chosen)
+
+    for events in until_drawn(trajectory, network, lambda check, _: check.last, draw):
+        if rewind and events[0].get("epoch") == rewind:
+            early = copy.deepcopy(network)
+        yield events
+
+
+def _iterative(trajectory: Trajectory, network: nn.Module) -> Iterator[list[Event]]:
+    setting, whole = trajectory.setting, _everything(trajectory.setting)
+    rounds = setting.space.comparison.rounds
+    first = _train(trajectory, network, whole)  # Every prune ratio's.
+    done, states, failure = [first], {}, ""
+    for ratio in trajectory.prune_ratios:
+        latest, small, mask, chosen, ledger = first, network, whole, whole, first.ledger
+        for number in range(1, rounds + 1):
+            if latest.failure:
+                break
+            narrower, chosen = cut_groups(setting, latest.scores, ratio * number / rounds)
+            small, mask = shrink(small, latest.groups, narrower[mask]), narrower
+            if number < rounds:
+                latest = _train(trajectory, small, mask)
+                done.append(latest)
+                ledger += latest.ledger
+        states[ratio] = "diverged" if latest.failure else "drawn"
+        failure = failure or latest.failure
+        if not latest.failure:
+            event = write_ticket(trajectory, "iterative", ratio, small, mask, chosen)
+            yield [event | {"search": dataclasses.asdict(ledger)}]
+    state = "diverged" if failure else "drawn"
+    epochs, macs = sum(part.epochs for part in done), sum(part.train_macs for part in done)
+    yield [ending(trajectory, state, states, epochs, macs, failure)]
+
+
+@dataclass(frozen=True)
+class _Round:
+    """What training a network that a mask describes came to."""
+
+    groups: tuple[ChannelGroup, ...]
+    """Of that network."""
+    scores: Tensor
+    """Of all channels; those that the mask drops are below all others."""
+    epochs: float
+    train_macs: int
+    ledger: Ledger
+    failure: str
+
+
+def _train(trajectory: Trajectory, network: nn.Module, mask: Tensor) -> _Round:
+    """Train the network of a mask to the end, in place."""
+    example = trajectory.setting.dataset.shape.example()
+    setting = dataclasses.replace(
+        trajectory.setting,
+        groups=channel_groups(network, example),
+        dense_macs=cost.macs(network, example.to(trajectory.setting.numerics.device)),
+    )
+    here, stage = dataclasses.replace(trajectory, setting=setting), _Stage(setting)
+    *_, last = checks(here, network, mask_window(here))
+    scores = torch.full(mask.shape, -torch.inf)
+    scores[mask] = last.scores
+    return _Round(
+        groups=setting.groups,
+        scores=scores,
+        epochs=last.epoch,
+        train_macs=spent(here, last),
+        ledger=stage.ledger(setting.dense_macs, last.samples),
+        failure="" if last.verdicts else diverged(last),
+    )
+
+
+def random_mask(groups: Sequence[ChannelGroup], mask: Tensor, generator: torch.Generator) -> Tensor:
+    """A mask that keeps as many channels of every group as this one, at random.
+
+    Both are bool [channels over all groups].
+    """
+    parts = mask.split([group.width for group in groups])
+    return torch.cat([part[torch.randperm(len(part), generator=generator)] for part in parts])
+
+
+def _everything(setting: Setting) -> Tensor:
+    return torch.ones(sum(group.width for group in setting.groups), dtype=torch.bool)
+
+
+def _asked(trajectory: Trajectory) -> list[Method]:
+    asked = trajectory.setting.space.comparison.methods
+    return [method for method in SOURCES[trajectory.method] if method in asked]
+
+
+def _ticket(
+    trajectory: Trajectory,
+    method: str,
+    ratio: float,
+    ledger: Ledger,
+    network: nn.Module,
+    mask: Tensor,
+    chosen: Tensor,
+    check: Check | None = None,
+) -> Event:
+    shrunk = shrink(network, trajectory.setting.groups, mask)
+    event = write_ticket(trajectory, method, ratio, shrunk, mask, chosen, check)
+    return event | {"search": dataclasses.asdict(ledger)}
+
+
+class _Stage:
+    """Counts a stage of work from when it was made."""
+
+    def __init__(self, setting: Setting):
+        self._meter = Meter(setting.numerics.device, setting.space.resources.watts)
+        self._started = time.monotonic()
+
+    def ledger(self, macs: int, samples: int) -> Ledger:
+        """What it came to, for a network of so many forward MACs trained on these samples."""
+        joules, energy = self._meter.joules()
+        forward, seconds = macs * samples, time.monotonic() - self._started
+        # The backward pass counts as two forward passes, as in `cost.training_macs`.
+        return Ledger(forward, 2 * forward, samples, seconds, joules, energy)
+
+
+def retrain_alone(setting: Setting, path: Path) -> Iterator[list[Event]]:
+    """Retrain the ticket in a folder in this process, by the space's `retraining`.
+
+    Yields the event of every epoch, and at last of the retrained ticket, which is then on disk
+    under `retrained` in the comparison's folder. The ledger counts the epochs and their look at
+    validation images.
+    """
+    recipe, batches, how = setting.space.retraining, setting.batches, setting.numerics
+    ticket = load_ticket(path, trust_code=True)
+    network, macs, seed = ticket.network(), ticket.manifest["macs"], ticket.manifest["seed"]
+    started, stage = time.monotonic(), _Stage(setting)
+    losses = fit(
+        how.place(network),
+        SGD(network, recipe.momentum, recipe.weight_decay),
+        batches,
+        recipe,
+        lambda epoch: seeded("retrain", seed, epoch),
+        how,
+    )
+    for epoch, (_, loss) in enumerate(losses, start=1):
+        yield [epoch_event(ticket.id, epoch, loss, network, batches, recipe, how)]
+    samples = recipe.epochs * batches.count(recipe.batch_size) * recipe.batch_size
+    ledger = stage.ledger(macs, samples)
+    event = retrained_event(ticket.id, started, network, macs, batches, recipe, how)
+    dense = how.exact.place(_initial(setting, seed))
+    example = setting.dataset.shape.example().to(how.device)
+    latency, dense_latency = cost.latencies([network, dense], example)
+    saved = save_retrained(setting.sweep / "retrained", path, network, event)
+    yield [
+        event
+        | {
+            "path": str(saved.path.relative_to(setting.sweep)),
+            "ledger": dataclasses.asdict(ledger),
+            "latency_ms": latency,
+            "relative_latency": latency / dense_latency,
+        }
+    ]

@@ -1,0 +1,271 @@
+"""A comparison on Ray: sources, then retraining on the same workers; cut off and gone on with."""
+
+import dataclasses
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+from made_up_comparison import OPENING, ended, ticket, ticket_id
+from made_up_sweep import write
+from ray.tune.search import Searcher
+
+from raytickets import compare, load_ticket
+from raytickets.comparison import claims, runs
+from raytickets.config import Comparison, Data, InputError, Network, Retraining, SearchSpace
+from raytickets.config import Training as Recipe
+from raytickets.contest import _Teller, _Work
+from raytickets.driver import SweepFailed
+from raytickets.methods import Source, sources
+from raytickets.sweep import Sweep, select
+from raytickets.ticket import WEIGHTS
+
+METHODS = ("dense", "early_bird", "progressive", "lottery_ticket", "snip", "random")
+SPACE = SearchSpace(
+    name="tiny",
+    network=Network("cifar_vgg", {"depth": 9, "width": 0.125}),
+    data=Data("digits", limit=256),
+    penalties=(1e-3, 1e-2),
+    prune_ratios=(0.3,),
+    training=Recipe(epochs=20, learning_rate=0.05, batch_size=32),
+    round_to=1,
+    retraining=Retraining(epochs=2, batch_size=32),
+    comparison=Comparison(methods=METHODS, penalty=1e-2, prune_ratios=(0.5,), seeds=(0, 1)),
+)
+
+
+class Line(list):
+    """A queue that a test can look into."""
+
+    put = list.append
+    put_nowait_batch = list.extend
+
+
+EARLY, DENSE = Source("early_bird", 1e-4, 0), Source("dense", 0.0, 0)
+
+
+@pytest.fixture
+def table(tmp_path):
+    """`table(left, waiting)` is a teller of two retrainers with its work, queue and journal."""
+
+    def lay(left, waiting=()):
+        sweep = Sweep(write(tmp_path / "duel", [OPENING]))
+        queue, told, work = Line(), [], _Work(left, 2)
+        teller = _Teller(sweep, left, list(waiting), work, queue, 2, told.append)
+        return SimpleNamespace(teller=teller, work=work, queue=queue, told=told)
+
+    return lay
+
+
+def trial(tmp_path, error="", **config):
+    path = tmp_path / "error.txt"
+    path.write_text(f"Traceback\n{error}\n")
+    return SimpleNamespace(trial_id=str(config), config=config, error_file=path)
+
+
+def report(teller, events=(), of=None, **result):
+    teller.on_trial_result(0, [], of, {"events": list(events), **result})
+
+
+def test_sources_come_first_and_their_workers_retrain_until_all_have_ended(table):
+    laid = table([DENSE, EARLY])
+    configs = [laid.work.suggest("") for _ in range(5)]
+    assert configs[:2] == [{"source": vars(DENSE)}, {"source": vars(EARLY)}]
+    assert configs[2:] == [{"retrainer": 0}, {"retrainer": 1}, None]
+    laid.teller.on_trial_complete(0, [], SimpleNamespace(config={"retrainer": 0}))
+    assert laid.work.suggest("") is None
+    laid.teller.on_trial_complete(0, [], SimpleNamespace(config={"retrainer": 1}))
+    assert laid.work.suggest("") == Searcher.FINISHED
+
+
+def test_a_ticket_is_handed_out_when_it_is_found_and_an_end_once_all_sources_have(table):
+    laid = table([EARLY, dataclasses.replace(EARLY, seed=1)])
+    report(laid.teller, [ticket("early_bird", 0.3, 0)])
+    assert laid.queue == [f"tickets/{ticket_id('early_bird', 0.3, 0)}"]
+    report(laid.teller, [ended("early_bird", 0, {"0.3": "drawn"})])
+    assert None not in laid.queue
+    report(laid.teller, [ended("early_bird", 1, {"0.3": "not converged"})])
+    assert laid.queue[1:] == [None, None]
+
+
+def test_tickets_of_sources_that_ended_before_are_handed_out_at_once(table):
+    laid = table([], [ticket("early_bird", 0.3, 0)])
+    assert laid.queue == [f"tickets/{ticket_id('early_bird', 0.3, 0)}", None, None]
+
+
+def test_a_source_that_fails_is_told_of_and_the_others_go_on(table, tmp_path):
+    laid = table([EARLY, dataclasses.replace(EARLY, seed=1)])
+    failed = trial(tmp_path, "ValueError: no weights", source=vars(EARLY))
+    laid.teller.on_trial_error(0, [], failed)
+    (event,) = laid.told
+    assert (event["event"], event["trajectory"]) == ("trajectory", EARLY.id)
+    assert (event["state"], event["reason"]) == ("failed", "ValueError: no weights")
+    assert event["ratios"] == {"0.3": "failed", "0.5": "failed"}
+    assert laid.queue == []
+
+
+def test_what_a_source_found_before_it_failed_is_retrained(table, tmp_path):
+    laid = table([EARLY])
+    report(laid.teller, [ticket("early_bird", 0.3, 0)])
+    laid.teller.on_trial_error(0, [], trial(tmp_path, "ValueError: late", source=vars(EARLY)))
+    assert laid.told[-1]["ratios"] == {"0.3": "drawn", "0.5": "failed"}
+    assert laid.queue == [f"tickets/{ticket_id('early_bird', 0.3, 0)}", None, None]
+
+
+def test_a_retrainer_that_dies_of_a_ticket_is_replaced_and_the_ticket_named(table, tmp_path):
+    laid = table([], [ticket("early_bird", 0.3, 0)])
+    assert [laid.work.suggest("") for _ in range(2)] == [{"retrainer": 0}, {"retrainer": 1}]
+    dying = trial(tmp_path, "RuntimeError: out of memory", retrainer=0)
+    report(laid.teller, of=dying, ticket="2300")
+    laid.teller.on_trial_error(0, [], dying)
+    assert laid.teller.failed == {"2300": "RuntimeError: out of memory"}
+    assert laid.work.suggest("") == {"retrainer": 2}
+
+
+def test_retrainers_that_cannot_begin_are_not_replaced_for_ever(table, tmp_path):
+    laid = table([], [ticket("early_bird", 0.3, 0)])
+    for _ in range(2):
+        retrainer = laid.work.suggest("")
+        laid.teller.on_trial_error(0, [], trial(tmp_path, "no CUDA", **retrainer))
+    assert laid.work.suggest("") == Searcher.FINISHED
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("place")
+
+
+@pytest.fixture(scope="module")
+def store(place):
+    return f"sqlite:///{place}/mlflow.db"
+
+
+@pytest.fixture(scope="module")
+def compared(ray_instance, place, store):  # noqa: ARG001
+    return compare(SPACE, name="duel", storage=place, tracking_uri=store)
+
+
+def retrained(events):
+    return sorted(event["run"] for event in select(events, "retrained"))
+
+
+@pytest.mark.slow
+def test_every_method_is_retrained_once_at_every_seed(compared):
+    events = compared.events()
+    found = {(run["method"], run["seed"]) for run in runs(events)}
+    assert found == {(method, seed) for method in METHODS for seed in (0, 1)}
+    assert retrained(events) == sorted(event["ticket"] for event in select(events, "ticket"))
+    assert {event["trajectory"] for event in select(events, "trajectory")} == {
+        source.id for source in sources(SPACE)
+    }
+
+
+@pytest.mark.slow
+def test_the_report_is_whole_and_says_who_won(compared):
+    report = compared.report()
+    assert (report["kind"], report["state"], report["failures"]) == ("comparison", "done", [])
+    assert {row["n"] for row in report["table"]} == {2}
+    assert report["table"][0]["macs_to_dense"] == 1
+    assert all(row["relative_latency"] > 0 for row in report["table"])
+    assert [claim["n"] for claim in report["claims"]] == [2, 2, 2]
+
+
+@pytest.mark.slow
+def test_random_has_the_width_of_early_bird_in_every_group_and_other_channels(compared):
+    tickets = {(e["method"], e["seed"]): e for e in select(compared.events(), "ticket")}
+    for seed in (0, 1):
+        early, other = tickets["early_bird", seed], tickets["random", seed]
+        assert early["kept"] == other["kept"]
+        masks = [load_ticket(compared.path / e["path"]).mask for e in (early, other)]
+        assert masks[0].sum() == masks[1].sum()
+        assert (masks[0] != masks[1]).any()
+
+
+@pytest.mark.slow
+def test_a_comparison_that_is_done_goes_on_with_nothing(compared, place, store):
+    before = compared.events()
+    again = compare(SPACE, name="duel", storage=place, tracking_uri=store)
+    assert [event["event"] for event in again.events()[len(before) :]] == ["end"]
+
+
+@pytest.mark.slow
+def test_a_comparison_cut_off_goes_on_where_it_was(compared, place, store):
+    """The journal up to a kill after the third retraining, in a folder of its own."""
+    cut = place / "cut"
+    shutil.copytree(compared.path, cut)
+    lines = (cut / "journal.jsonl").read_text().splitlines(keepends=True)
+    kinds = [json.loads(line)["event"] for line in lines]
+    end = [place for place, kind in enumerate(kinds) if kind == "retrained"][2] + 1
+    (cut / "journal.jsonl").write_text("".join(lines[:end]) + lines[end][:20])
+    before = Sweep(cut).events()
+    again = compare(SPACE, name="cut", storage=place, tracking_uri=store)
+    new = again.events()[len(before) :]
+    ended = {event["trajectory"] for event in select(before, "trajectory")}
+    assert ended.isdisjoint(event["trajectory"] for event in select(new, "trajectory"))
+    assert set(retrained(before)).isdisjoint(retrained(new))
+    assert retrained(again.events()) == retrained(compared.events())
+    assert claims(again.events()) == claims(compared.events())
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_instance")
+def test_what_fails_is_named_and_done_when_the_comparison_goes_on(place, store):
+    """One ticket is damaged as soon as it is found, so that it cannot be retrained."""
+    damaged = []
+
+    def damage(event):
+        if event["event"] == "ticket" and event["method"] == "progressive" and not damaged:
+            damaged.append(event["ticket"])
+            (place / "broken" / event["path"] / WEIGHTS).unlink()
+
+    asked = dataclasses.replace(SPACE.comparison, methods=("dense", "progressive"), seeds=(0, 1))
+    space = dataclasses.replace(SPACE, comparison=asked)
+    with pytest.raises(SweepFailed, match=r"ticket \w+: .*DamagedTicket") as failure:
+        compare(space, name="broken", storage=place, tracking_uri=store, observer=damage)
+    assert damaged[0] in str(failure.value)
+    broken = Sweep(place / "broken")
+    assert len(retrained(broken.events())) == 3
+    assert broken.report()["failures"] == [str(failure.value)]
+    again = compare(space, name="broken", storage=place, tracking_uri=store)
+    assert again.report()["state"] == "done"
+    assert sorted({*retrained(again.events())}) == retrained(again.events())
+    assert len(retrained(again.events())) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_instance")
+def test_a_source_that_fails_is_named_and_the_others_finish(place, store, tmp_path):
+    """The network breaks once it is trained in earnest; a dense ticket needs no training."""
+    (tmp_path / "fragile.py").write_text(
+        "from raytickets.models import cifar_vgg\n"
+        "import torch\n"
+        "class Fragile(torch.nn.Module):\n"
+        "    def __init__(self, inner):\n"
+        "        super().__init__()\n"
+        "        self.inner = inner\n"
+        "    def forward(self, images):\n"
+        "        if self.training and self.inner.head.weight.abs().max() > 0.6:\n"
+        "            raise RuntimeError('the wheels came off')\n"
+        "        return self.inner(images)\n"
+        "def network(num_classes, in_channels):\n"
+        "    return Fragile(cifar_vgg(num_classes=num_classes, in_channels=in_channels,"
+        " depth=9, width=0.125))\n"
+    )
+    asked = dataclasses.replace(SPACE.comparison, methods=("dense", "early_bird"), seeds=(0,))
+    space = dataclasses.replace(
+        SPACE, comparison=asked, network=Network(f"{tmp_path}/fragile.py:network")
+    )
+    space = space.with_retraining(epochs=1, learning_rate=1e-4)
+    with pytest.raises(SweepFailed, match=r"early_bird-penalty0\.01-seed0.*the wheels came off"):
+        compare(space, name="fragile", storage=place, tracking_uri=store)
+    report = Sweep(place / "fragile").report()
+    assert report["state"] == "failed"
+    assert [run["method"] for run in report["runs"]] == ["dense"]
+
+
+def test_names_of_sweeps_and_comparisons_are_not_mixed_up(place, store):
+    write(place / "mine", [OPENING | {"event": "sweep"}])
+    with pytest.raises(
+        InputError, match=r"name: 'mine' .* it is a sweep's, and this is a comparis"
+    ):
+        compare(SPACE, name="mine", storage=place, tracking_uri=store)

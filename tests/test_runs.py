@@ -1,0 +1,211 @@
+"""What a comparison's journal makes of runs; what a sweep's does is in test_tracking.py."""
+
+import dataclasses
+from pathlib import Path
+
+import made_up_comparison as made_up
+import made_up_sweep
+import pytest
+from matplotlib.figure import Figure
+
+from raytickets import study
+from raytickets.config import Optuna, Range, SearchSpace
+from raytickets.journal import Event
+from raytickets.runs import Run, Runs
+
+FINISHED = made_up.finished(joules=True)
+EARLY_BIRD = made_up.ticket_id("early_bird", 0.3, 0)
+DENSE = made_up.ticket_id("dense", 0.0, 0)
+
+
+def runs_of(events: list[Event], folder: Path, found: dict[str, Run] | None = None) -> Runs:
+    runs = Runs(folder, events[0], found or {})
+    for index in range(len(events)):
+        runs.add(events[index], events[: index + 1])
+    runs.summarise(events)
+    return runs
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    return runs_of(FINISHED, tmp_path_factory.mktemp("duel")).all
+
+
+def last(run: Run) -> dict[str, float]:
+    return {name: value for name, value, _, _ in run.metrics}
+
+
+def test_sources_are_below_the_comparison_and_tickets_below_their_source(runs: dict[str, Run]):
+    assert (runs["comparison"].kind, runs["comparison"].parent) == ("comparison", "")
+    source = runs[made_up.source("early_bird", 0)]
+    assert (source.kind, source.parent) == ("trajectory", "comparison")
+    assert source.params["method"] == "early_bird"
+    for method in ("early_bird", "random"):  # One search gives both.
+        ticket = runs[made_up.ticket_id(method, 0.3, 0)]
+        assert (ticket.kind, ticket.parent) == ("ticket", made_up.source("early_bird", 0))
+        assert ticket.name == f"{method}-0.3-seed0"
+    assert (runs[DENSE].kind, runs[DENSE].name) == ("ticket", "dense-seed0")
+    assert {run.wanted for run in runs.values()} == {"FINISHED"}
+    keys = list(runs)
+    assert all(keys.index(run.parent) < keys.index(key) for key, run in runs.items() if run.parent)
+
+
+def test_a_methods_ticket_has_the_params_of_a_sweeps(runs: dict[str, Run]):
+    assert runs[EARLY_BIRD].params == {
+        "method": "early_bird",
+        "penalty": 1e-4,
+        "prune_ratio": 0.3,
+        "learning_rate": 0.1,
+        "seed": 0,
+        "stop_rule": "corrected",
+        "network": "cifar_vgg",
+    }
+    assert runs[DENSE].params["method"] == "dense"
+
+
+def test_a_ticket_shows_what_search_and_training_cost(runs: dict[str, Run]):
+    metrics = last(runs[EARLY_BIRD])
+    expected = {
+        "test_accuracy": 0.975,
+        "macs": 1_400_000,
+        "params": 210_000,
+        "latency_ms": 1.7,
+        "relative_latency": 0.85,
+        "draw_epoch": 6.0,
+        "search_macs": 240e9,
+        "search_forward_macs": 80e9,
+        "search_backward_macs": 160e9,
+        "search_samples": 240,
+        "search_seconds": 24,
+        "search_joules": 1000,
+        "train_macs": 630e9,
+        "train_forward_macs": 210e9,
+        "train_joules": 3000,
+        "total_joules": 4000,
+    }
+    assert {name: metrics[name] for name in expected} == expected
+    assert runs[EARLY_BIRD].tags["raytickets.energy"] == "measured (a counter)"
+
+
+def test_a_search_of_no_work_does_not_hide_the_energy_of_the_training(runs: dict[str, Run]):
+    metrics = last(runs[DENSE])
+    assert metrics["total_joules"] == metrics["train_joules"] == 3000
+    assert "draw_epoch" not in metrics
+    assert runs[DENSE].tags["raytickets.energy"] == "measured (a counter)"
+
+
+def test_energy_that_is_not_known_is_no_metric(tmp_path: Path):
+    ticket = runs_of(made_up.finished(), tmp_path).all[EARLY_BIRD]
+    assert not [name for name in last(ticket) if "joules" in name]
+    assert ticket.tags["raytickets.energy"] == "unavailable"
+
+
+def test_a_comparison_shows_its_table_its_plot_and_its_sentences(runs: dict[str, Run]):
+    run = runs["comparison"]
+    assert set(run.files) == {"space.json", "comparison.json", "accuracy_against_macs.png"}
+    table = run.files["comparison.json"]
+    rows = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+    assert (rows[0]["method"], rows[0]["test_accuracy"], rows[0]["n"]) == ("dense", 0.98, 3)
+    assert len(rows) == 1 + 2 * 3
+    metrics = last(run)
+    assert metrics["dense_test_accuracy"] == pytest.approx(0.98)
+    assert metrics["random_0.5_test_accuracy"] == pytest.approx(0.9625)
+    assert metrics["early_bird_0.3_cost_to_dense"] == pytest.approx(870 / 900)
+    note = run.tags["mlflow.note.content"]
+    assert "- Prune ratio 0.3: early_bird is 2.33 points above random" in note
+    assert note.endswith("sort them by `test_accuracy`.\n")
+
+
+def test_a_comparison_that_has_only_begun_has_a_table_already(tmp_path: Path):
+    for end in (1, 2, 4):
+        run = runs_of(FINISHED[:end], tmp_path).all["comparison"]
+        assert len(run.files["comparison.json"]["data"]) == 7
+        assert run.wanted == "RUNNING"
+
+
+def test_the_space_in_a_run_is_the_space_that_ran(runs: dict[str, Run]):
+    for run in runs.values():
+        assert SearchSpace.from_dict(run.files["space.json"]) == made_up.COMPARED
+    assert runs[EARLY_BIRD].tags["raytickets.fingerprint"] == made_up.COMPARED.fingerprint
+
+
+PROPOSED = dataclasses.replace(
+    made_up_sweep.SPACE,
+    penalties=(1e-4,),
+    optuna=Optuna(trajectories=2, ranges={"training.learning_rate": Range(0.01, 0.5)}),
+)
+
+
+def proposed() -> list[Event]:
+    """A sweep of one trajectory, whose learning rate Optuna chose."""
+    key, changes = "trial0-seed0", {"training.learning_rate": 0.3}
+    id = made_up_sweep.MIDDLE
+    return [
+        made_up_sweep.OPENING | {"space": PROPOSED.as_dict()},
+        made_up_sweep.check(key, 1.0, {"0.3": 0.1, "0.5": 0.3}),
+        made_up_sweep.ticket(key, id, 0.3, 900_000, 0.95, epoch=1.0),
+        made_up_sweep.trajectory(key, "not converged", 10, {"0.3": "drawn"}) | {"changes": changes},
+        {"event": "winners", "tickets": [id]},
+    ]
+
+
+def test_what_optuna_changed_is_in_the_space_of_its_runs(tmp_path: Path):
+    runs = runs_of(proposed(), tmp_path).all
+    for key in ("trial0-seed0", made_up_sweep.MIDDLE):
+        space = SearchSpace.from_dict(runs[key].files["space.json"])
+        assert space.training.learning_rate == 0.3
+        assert runs[key].tags["raytickets.fingerprint"] == space.fingerprint
+    assert runs["trial0-seed0"].params["training.learning_rate"] == 0.3
+    assert SearchSpace.from_dict(runs["sweep"].files["space.json"]) == PROPOSED
+
+
+def test_optunas_own_figures_are_one_page_that_needs_no_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from plotly.graph_objects import Figure as Plotly
+    from plotly.graph_objects import Scatter
+
+    def figures(space: SearchSpace, sweep: Path) -> dict[str, Plotly]:
+        assert (space, sweep) == (PROPOSED, tmp_path)
+        return {name: Plotly(Scatter(x=[1], y=[2], name=name)) for name in ("history", "weights")}
+
+    monkeypatch.setattr(study, "figures", figures)
+    page = runs_of(proposed(), tmp_path).all["sweep"].files["optuna.html"]
+    assert page.count("plotly-graph-div") == 2
+    assert "<script src=" not in page
+
+
+def test_a_trajectory_shows_its_distances_and_so_does_each_ticket_up_to_its_draw(tmp_path: Path):
+    source, rows = made_up.source("early_bird", 0), [[0.0, 0.5], [0.5, 0.0]]
+    matrix = {"epochs": [5.0, 6.0], "ratios": {"0.3": rows, "0.5": rows}}
+    events = [
+        made_up.OPENING,
+        *(
+            made_up.check("early_bird", 0, epoch, {"0.3": 0.5 - epoch / 20, "0.5": 0.9})
+            for epoch in (5.0, 6.0, 7.0)
+        ),
+        made_up.ticket("early_bird", 0.3, 0),
+        made_up.ended("early_bird", 0, {"0.3": "drawn", "0.5": "not converged"})
+        | {"distances_matrix": matrix},
+    ]
+    runs = runs_of(events, tmp_path).all
+    assert set(runs[source].files) == {
+        "space.json",
+        "mask_distance.png",
+        "mask_distance_matrix.png",
+    }
+    figure = runs[EARLY_BIRD].files["mask_distance.png"]
+    assert isinstance(figure, Figure)
+    curve = next(line for line in figure.axes[0].lines if "0.3" in str(line.get_label()))
+    assert list(curve.get_xdata()) == [5, 6]
+
+
+def test_what_has_ended_in_mlflow_keeps_its_files(tmp_path: Path):
+    source = made_up.source("early_bird", 0)
+    found = {
+        key: Run(kind, key, "", id=key, status="FINISHED", wanted="FINISHED")
+        for key, kind in ((source, "trajectory"), (EARLY_BIRD, "ticket"))
+    }
+    runs = runs_of(FINISHED, tmp_path, found).all
+    assert runs[source].files == runs[EARLY_BIRD].files == {}
+    assert last(runs[EARLY_BIRD])["test_accuracy"] == 0.975
