@@ -391,7 +391,9 @@ class Optuna:
 
     `ranges` maps a field of the space to a `Range` or a tuple of choices: `penalty`,
     `training.learning_rate`, `training.epochs`, `network.options.width`, `stop_rule.window`, ...
-    (any number in `training`, `stop_rule` and `network.options`).
+    (any number in `training`, `stop_rule` and `network.options`). The space's seeds take turns.
+    The same `seed` proposes the same with one trial at a time; with several, proposals depend on
+    which trajectory ended first.
     """
 
     trajectories: int

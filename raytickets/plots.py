@@ -265,8 +265,15 @@ def methods_against_macs(runs: Sequence[Mapping[str, Any]]) -> Figure:
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    many = f"mean over {len(seeds)} seeds, bars of one standard deviation"
-    axes.set_title(many if len(seeds) > 1 else "one seed", loc="left", fontsize=10)
+    axes.margins(y=0.12)
+    mean = f"mean over {len(seeds)} seeds, bars of one standard deviation"
+    order = ", ".join(f"{ratio:g}" for ratio in sorted(highest, reverse=True) if ratio)
+    axes.set_title(
+        f"{mean if len(seeds) > 1 else 'one seed'}\n"
+        f"points of a method from left to right: prune ratio {order}",
+        loc="left",
+        fontsize=10,
+    )
     figure.suptitle("Test accuracy against MACs, by method", x=0.01, ha="left")
     return figure
 

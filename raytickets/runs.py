@@ -194,7 +194,8 @@ class Runs:
         files = self._folder / event["path"]
         if files.is_dir():
             run.files["ticket"] = files
-        run.files["kept_channels.png"] = plots.kept_channels(event["kept"])
+        if event["method"] != "dense":
+            run.files["kept_channels.png"] = plots.kept_channels(event["kept"])
 
     def _end_trajectory(self, event: Event, history: Sequence[Event]) -> None:
         key, state = event["trajectory"], event["state"]

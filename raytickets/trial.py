@@ -16,7 +16,7 @@ from raytickets.trajectory import Point, prepare, prove, run_trajectory
 class Trial(tune.Trainable):
     """Reports the events of one check at a time; a worker goes on to the next trial in place.
 
-    With a `point` of the grid in its config it is a trajectory. Without one it is a prover, and
+    With a `point` in its config it is a trajectory. Without one it is a prover, and
     takes tickets (path and rung) from the queue until it finds None there.
     """
 

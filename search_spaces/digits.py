@@ -1,6 +1,6 @@
 """scikit-learn's handwritten digits on a small VGG: a whole sweep in about a minute."""
 
-from raytickets.config import Data, Network, Proof, Retraining, SearchSpace, Training
+from raytickets.config import Comparison, Data, Network, Proof, Retraining, SearchSpace, Training
 
 
 def space() -> SearchSpace:
@@ -16,4 +16,5 @@ def space() -> SearchSpace:
         retraining=Retraining(
             epochs=30, batch_size=32, learning_rate=0.05, weight_decay=5e-4, num_workers=1
         ),
+        comparison=Comparison(prune_ratios=(0.3, 0.6, 0.9)),
     )

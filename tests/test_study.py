@@ -325,6 +325,7 @@ def test_the_figures_are_optunas_own(tmp_path, objective, names):
         assert figure.data
 
 
+@pytest.mark.filterwarnings("ignore:Target and region quantiles")
 def test_trials_that_all_came_to_the_same_have_figures_too(tmp_path):
     folder = write(tmp_path / "sweep", [OPENING])
     shared = opened(space(), folder)

@@ -138,11 +138,13 @@ while (walker.nextNode()) {
     if (text && width) words.push({text, element, left, right, middle: (top + bottom) / 2})
 }
 const label = words.findLast(word => word.text == arguments[0])
-if (label) label.element.scrollIntoView({block: 'center'})
-return label && words
+if (!label) return null
+const line = words
     .filter(word => word.left > label.right && Math.abs(word.middle - label.middle) < 8)
     .sort((one, other) => one.left - other.left)
-    .map(word => word.text)
+// Not the label: of a table that scrolls, names follow values, but not the other way round.
+line[0]?.element.scrollIntoView({block: 'center'})
+return line.map(word => word.text)
 """
 
 
