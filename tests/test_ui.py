@@ -142,8 +142,7 @@ if (!label) return null
 const line = words
     .filter(word => word.left > label.right && Math.abs(word.middle - label.middle) < 8)
     .sort((one, other) => one.left - other.left)
-// Not the label: of a table that scrolls, names follow values, but not the other way round.
-line[0]?.element.scrollIntoView({block: 'center'})
+label.element.closest('tr, .ReactVirtualized__Grid').scrollIntoView({block: 'center'})
 return line.map(word => word.text)
 """
 
