@@ -83,7 +83,7 @@ def runs(events: Sequence[Event]) -> list[dict[str, Any]]:
     """Every retrained ticket: `ticket`, `path` (retrained), `method`, `prune_ratio`, `seed`,
     `test_accuracy` (a share), `macs` (of one image forward), `params`, `latency_ms` and
     `relative_latency` (to the dense network), `draw_epoch` (or null), and what search and
-    retraining cost together: `train_macs`, `train_seconds`, `train_joules` (null if unavailable)
+    retraining cost together: `total_macs`, `total_seconds`, `total_joules` (null if unavailable)
     and `energy` (where the joules are from)."""
     # A source that failed and ran again has drawn again; retraining by hand has no ledger.
     tickets = {
@@ -116,9 +116,9 @@ def _run(ticket: Event, done: Event) -> dict[str, Any]:
         "latency_ms": done["latency_ms"],
         "relative_latency": done["relative_latency"],
         "draw_epoch": ticket["draw_epoch"],
-        "train_macs": sum(part["forward_macs"] + part["backward_macs"] for part in parts),
-        "train_seconds": sum(part["seconds"] for part in parts),
-        "train_joules": None if unknown else sum(part["joules"] for part in known),
+        "total_macs": sum(part["forward_macs"] + part["backward_macs"] for part in parts),
+        "total_seconds": sum(part["seconds"] for part in parts),
+        "total_joules": None if unknown else sum(part["joules"] for part in known),
         "energy": " + ".join(dict.fromkeys(unknown or [part["energy"] for part in known])),
     }
 
@@ -136,8 +136,8 @@ def table(events: Sequence[Event]) -> list[dict[str, Any]]:
     without a ticket), and over the n seeds, null where n is 0: `test_accuracy` (mean) and
     `test_accuracy_std` (of the sample; null for one seed), the means of `macs`, `params`,
     `latency_ms`, `relative_macs`, `relative_params`, `relative_latency` (to the dense network's),
-    `draw_share` (the draw's epoch relative to the epochs of retraining), `train_macs`,
-    `train_seconds`, `train_joules` (search and retraining), `energy` (where the joules are from),
+    `draw_share` (the draw's epoch relative to the epochs of retraining), `total_macs`,
+    `total_seconds`, `total_joules` (search and retraining), `energy` (where the joules are from),
     and `macs_to_dense`, `macs_to_progressive`, and the same for `seconds` and `joules`: the mean
     over seeds of what the ticket cost relative to what the other's of that seed (and prune ratio)
     cost, null where no seed has both or where energy is unavailable for one of them.
@@ -164,7 +164,7 @@ def table(events: Sequence[Event]) -> list[dict[str, Any]]:
         }
         draw_epoch = means.pop("draw_epoch")
         spent = {
-            f"train_{cost}": _mean([run[f"train_{cost}"] for run in mine.values()])
+            f"total_{cost}": _mean([run[f"total_{cost}"] for run in mine.values()])
             for cost in COSTS
         }
         others = {
@@ -189,7 +189,7 @@ def table(events: Sequence[Event]) -> list[dict[str, Any]]:
             **spent,
             "energy": " + ".join(energies) or None,
             **{
-                f"{cost}_to_{name}": _relative(mine, other, f"train_{cost}")
+                f"{cost}_to_{name}": _relative(mine, other, f"total_{cost}")
                 for name, other in others.items()
                 for cost in COSTS
             },

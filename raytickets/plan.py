@@ -122,9 +122,6 @@ def _compared(space: SearchSpace) -> Event:
     """What `SearchSpace.comparison` comes to."""
     from raytickets import methods
 
-    if space.comparison.rewind >= space.retraining.epochs:
-        allowed = f"must be below retraining.epochs, which is {space.retraining.epochs}"
-        raise InputError("comparison.rewind", space.comparison.rewind, allowed)
     return {
         "penalty": methods.penalty(space),
         "prune_ratios": list(methods.prune_ratios(space)),

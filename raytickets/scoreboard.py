@@ -228,7 +228,7 @@ def _results(report: Row) -> Table:
 
 def _spending(report: Row) -> list[RenderableType]:
     """Seconds and, if it is known of anything, energy."""
-    watched = any(row["train_joules"] is not None for row in report["table"])
+    watched = any(row["total_joules"] is not None for row in report["table"])
     costs = {"seconds": "s"} | ({"joules": "J"} if watched else {})
     headers = ["method"]
     for unit in costs.values():
@@ -239,7 +239,7 @@ def _spending(report: Row) -> list[RenderableType]:
     for row in _sections(table, report["table"]):
         cells = []
         for cost in costs:
-            spent = row[f"train_{cost}"]
+            spent = row[f"total_{cost}"]
             cells += [
                 "-" if spent is None else short_text(spent),
                 _percent(row[f"{cost}_to_dense"]),

@@ -6,6 +6,7 @@ grouped convolution where whole groups can go.
 """
 
 import copy
+import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -13,8 +14,15 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-import torch_pruning
 from torch import Tensor, nn
+
+try:
+    # For a counter that is not used here it imports timm where that is installed: 4 s a worker.
+    sys.modules.setdefault("timm", None)  # type: ignore[arg-type]
+    import torch_pruning
+finally:
+    if sys.modules["timm"] is None:
+        del sys.modules["timm"]
 
 Axis = Literal["norm", "out", "in"]
 

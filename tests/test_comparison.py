@@ -52,8 +52,8 @@ def test_sizes_are_relative_to_the_dense_network_and_the_draw_to_the_training():
 
 def test_cost_is_search_and_retraining_relative_to_the_others_of_the_same_seed_and_ratio():
     found = row(finished(), "early_bird", 0.5)
-    assert found["train_macs"] == (240 + 450) * 10**9
-    assert found["train_seconds"] == pytest.approx(69)
+    assert found["total_macs"] == (240 + 450) * 10**9
+    assert found["total_seconds"] == pytest.approx(69)
     assert found["macs_to_dense"] == pytest.approx(690 / 900)
     assert found["macs_to_progressive"] == pytest.approx(690 / 1350)
     assert found["seconds_to_dense"] == pytest.approx(690 / 900)
@@ -71,15 +71,15 @@ def test_a_relative_cost_is_the_mean_of_each_seeds_own():
 
 def test_energy_that_is_not_known_is_unavailable_and_never_0():
     found = row(finished(), "early_bird", 0.5)
-    assert (found["train_joules"], found["joules_to_dense"]) == (None, None)
+    assert (found["total_joules"], found["joules_to_dense"]) == (None, None)
     assert found["energy"] == "unavailable"
 
 
 def test_energy_is_added_up_and_a_search_of_no_work_takes_none():
     events = finished(joules=True)
-    assert row(events, "dense", 0.0)["train_joules"] == 3000
+    assert row(events, "dense", 0.0)["total_joules"] == 3000
     found = row(events, "early_bird", 0.5)
-    assert (found["train_joules"], found["joules_to_dense"]) == (4000, pytest.approx(4 / 3))
+    assert (found["total_joules"], found["joules_to_dense"]) == (4000, pytest.approx(4 / 3))
     assert found["joules_to_progressive"] == 1
     assert found["energy"] == "measured (a counter)"
 
@@ -90,7 +90,7 @@ def test_energy_is_unavailable_where_one_part_of_it_is():
         if event["event"] == "ticket" and event["method"] == "early_bird":
             event["search"] |= {"joules": None, "energy": "unavailable (no permission)"}
     found = row(events, "early_bird", 0.5)
-    assert found["train_joules"] is None
+    assert found["total_joules"] is None
     assert found["energy"] == "unavailable (no permission)"
 
 
