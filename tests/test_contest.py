@@ -8,13 +8,12 @@ from types import SimpleNamespace
 import pytest
 from made_up_comparison import OPENING, ended, ticket, ticket_id
 from made_up_sweep import write
-from ray.tune.search import Searcher
 
 from raytickets import compare, load_ticket
 from raytickets.comparison import claims, runs
 from raytickets.config import Comparison, Data, InputError, Network, Retraining, SearchSpace
 from raytickets.config import Training as Recipe
-from raytickets.contest import _Teller, _Work
+from raytickets.contest import Searcher, _Teller, _Work
 from raytickets.driver import SweepFailed
 from raytickets.methods import Source, sources
 from raytickets.sweep import Sweep, select
