@@ -665,7 +665,8 @@ def test_two_hosts_over_ssh_run_a_sweep_as_typed(hosts):
     # What ran where: the head node has no CPUs, so trajectories were on the other host.
     found = ray("exec", "onprem.yaml", "ray list nodes --format yaml").stdout
     assert {one, two} <= set(re.findall(r"node_ip: ([\d.]+)", found))
-    count = "sqlite3.connect('/root/mlflow.db').execute('select count(*) from runs').fetchone()"
+    store = Path("~root/mlflow.db").expanduser()
+    count = f"sqlite3.connect('{store}').execute('select count(*) from runs').fetchone()"
     runs = hosts.inside("one", sys.executable, "-c", f"import sqlite3; print({count}[0])").stdout
     assert int(runs) == 1 + 2 + 1 + 2  # the sweep, its trajectories, the dense network, tickets
 
