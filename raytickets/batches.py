@@ -62,8 +62,9 @@ class Batches:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """One epoch of shuffled, cropped and flipped training batches.
 
-        Each of `world` workers gets its own `size / world` images of every batch; the same
-        generator seed on every rank gives the same order.
+        Each of `world` workers, at most `size`, gets its own share of every batch, the first ones
+        an image more where `world` does not divide it: together they have each image of the epoch
+        once. The same generator seed on every rank gives the same order.
         """
         count, total = self.count(size), len(self._labels["train"])
         size = min(size, total)

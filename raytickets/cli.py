@@ -1,30 +1,71 @@
-"""The command line: `raytickets search`, `compare`, `report`, `show`, `retrain` and `spaces`."""
+"""The command line: `raytickets search`, `compare`, `report`, `show`, `retrain`, `sync`, `history`
+and `spaces`.
+"""
 
+import contextlib
 import dataclasses
 import gc
-import json
 import shlex
+import signal
 import sys
+from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
-from rich.console import Console, Group
+from rich.console import Console
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from raytickets.config import InputError, SearchSpace
+from raytickets.journal import NAME
+from raytickets.lease import Held, hold
 from raytickets.spaces import built_in, load_space
-from raytickets.sweep import Sweep
+from raytickets.storage import address as shown
+from raytickets.sweep import Sweep, place
 
 if TYPE_CHECKING:
     from raytickets.plan import Kind
 
-BAD_INPUT, FAILED, INTERRUPTED = 2, 3, 130
+BAD_INPUT, FAILED, HELD, INTERRUPTED = 2, 3, 4, 130
 """Exit codes besides 0, which means that everything asked for was done."""
 
-STORAGE = Path("sweeps")
+STORAGE = "sweeps"
 
-Given = Annotated[Positional[str], arg(metavar="TICKET")]
+ABOUT = """Search early-bird lottery tickets: smaller networks for less energy.
+
+Exit codes: 0 all done; 2 bad input; 3 something failed, or MLflow has not got everything; 4 another
+process runs the sweep of this name; 130 interrupted: the same command goes on."""
+
+Ticket = Annotated[
+    Positional[str], arg(metavar="TICKET", help="its folder or address, or its id under ./sweeps")
+]
+Found = Annotated[
+    Positional[str], arg(metavar="SWEEP", help="its folder or address, or its name under ./sweeps")
+]
+Name = Annotated[
+    str | None,
+    arg(metavar="NAME", help="what it is called; the name of one that was cut off goes on"),
+]
+New = Annotated[
+    bool, arg(help="start anew under this name, and keep what was found under another one")
+]
+Place = Annotated[
+    str, arg(metavar="FOLDER|ADDRESS", help="where it is kept: a folder, or as s3://bucket/sweeps")
+]
+Ray = Annotated[
+    str | None, arg(metavar="ADDRESS", help="the Ray cluster; else RAY_ADDRESS, else this machine")
+]
+Store = Annotated[
+    str | None,
+    arg(
+        metavar="URI",
+        help="the MLflow store; else MLFLOW_TRACKING_URI, else sqlite:///mlflow.db here",
+    ),
+]
+Images = Annotated[
+    str | None, arg(metavar="FOLDER", help="the folder of the images, in place of the space's own")
+]
+Smoke = Annotated[bool, arg(help="the space's smallest variant, to see that everything works")]
 
 app = tyro.extras.SubcommandApp()
 
@@ -33,52 +74,53 @@ app = tyro.extras.SubcommandApp()
 def search(
     space: Annotated[Positional[str], arg(metavar="SPACE")] = "digits",
     *,
-    name: Annotated[str | None, arg(metavar="NAME")] = None,
-    storage: Annotated[Path, arg(metavar="FOLDER")] = STORAGE,
-    tracking_uri: Annotated[str | None, arg(metavar="URI")] = None,
-    data: Annotated[str | None, arg(metavar="FOLDER")] = None,
-    smoke: bool = False,
+    name: Name = None,
+    new: New = False,
+    resume_or_start: bool = False,
+    storage: Place = STORAGE,
+    address: Ray = None,
+    tracking_uri: Store = None,
+    data: Images = None,
+    smoke: Smoke = False,
 ) -> int:
     """Search a space for early-bird tickets, retrain the winners, record everything in MLflow.
 
-    Runs on all cores of this machine, or on the Ray cluster at RAY_ADDRESS.
+    Runs on all cores of this machine, or on a Ray cluster. The same command goes on with a sweep
+    that was cut off.
 
     Args:
         space: a built-in name (see `raytickets spaces`), a .py file or package.module:function.
-        name: the sweep's name; the name of a sweep that was cut off goes on with it.
-        storage: where the sweep's folder is made.
-        tracking_uri: the MLflow store; else MLFLOW_TRACKING_URI, else sqlite:///mlflow.db here.
-        data: the folder of the images, in place of the space's own.
-        smoke: the space's smallest variant, to see that everything works.
+        resume_or_start: for schedules: NAME is a series of numbered sweeps; go on with the newest
+            unless it is done, else start the next.
     """
-    return _run(_space(space, data, smoke), "sweep", name, storage, tracking_uri)
+    if resume_or_start and (new or name is None):
+        raise InputError("resume_or_start", True, "needs the --name of a series, and no --new")
+    options = {"name": name, "storage": storage, "new": new, "series": resume_or_start}
+    return _run(_space(space, data, smoke), "sweep", options, address, tracking_uri)
 
 
 @app.command
 def compare(
     space: Annotated[Positional[str], arg(metavar="SPACE|paper")] = "digits",
     *,
-    name: Annotated[str | None, arg(metavar="NAME")] = None,
-    storage: Annotated[Path, arg(metavar="FOLDER")] = STORAGE,
-    tracking_uri: Annotated[str | None, arg(metavar="URI")] = None,
-    data: Annotated[str | None, arg(metavar="FOLDER")] = None,
-    smoke: bool = False,
+    name: Name = None,
+    new: New = False,
+    storage: Place = STORAGE,
+    address: Ray = None,
+    tracking_uri: Store = None,
+    data: Images = None,
+    smoke: Smoke = False,
     seeds: Annotated[int | None, arg(metavar="N")] = None,
     methods: Annotated[tuple[str, ...] | None, arg(metavar="METHOD ...")] = None,
     prune_ratios: Annotated[tuple[float, ...] | None, arg(metavar="RATIO ...")] = None,
 ) -> int:
     """Compare early-bird tickets with what they replace, at equal recipe, data and seeds.
 
-    Prints and records one table, and what may be claimed from it. With `paper` in place of a
-    space: what the early-bird paper published, and beside it the comparison NAME if it is given.
+    Prints and records one table, and what may be claimed from it. With `paper` in place of a space:
+    what the early-bird paper published, and beside it the comparison NAME if it is given.
 
     Args:
         space: a built-in name (see `raytickets spaces`), a .py file or package.module:function.
-        name: the comparison's name; the name of one that was cut off goes on with it.
-        storage: where the comparison's folder is made.
-        tracking_uri: the MLflow store; else MLFLOW_TRACKING_URI, else sqlite:///mlflow.db here.
-        data: the folder of the images, in place of the space's own.
-        smoke: the space's smallest variant, to see that everything works.
         seeds: how many seeds, from 0; more tell smaller differences from chance.
         methods: dense, early_bird, early_bird_reinit, progressive, iterative, lottery_ticket,
             snip, random or low_precision; all of them unless the space says.
@@ -86,32 +128,30 @@ def compare(
     """
     if seeds is not None and seeds < 1:
         raise InputError("seeds", seeds, "must be at least 1")
-    given: dict[str, Any] = {
-        "methods": methods,
-        "prune_ratios": prune_ratios,
-        "seeds": seeds and tuple(range(seeds)),
-    }
+    given: dict[str, Any] = {"methods": methods, "prune_ratios": prune_ratios}
+    given["seeds"] = seeds and tuple(range(seeds))
     given = {field: value for field, value in given.items() if value is not None}
     if space == "paper":
-        others = {"tracking_uri": tracking_uri, "data": data, "smoke": smoke or None, **given}
+        others = given | {"tracking_uri": tracking_uri, "data": data, "address": address}
+        others |= {"smoke": smoke or None, "new": new or None}
         for field, value in others.items():
             if value is not None:
                 raise InputError(field, value, "`compare paper` takes a name and a storage alone")
         return _paper(name, storage)
     chosen = _space(space, data, smoke)
-    compared = dataclasses.replace(chosen.comparison, **given)
-    chosen = dataclasses.replace(chosen, comparison=compared)
-    return _run(chosen, "comparison", name, storage, tracking_uri)
+    chosen = dataclasses.replace(chosen, comparison=dataclasses.replace(chosen.comparison, **given))
+    options = {"name": name, "storage": storage, "new": new}
+    return _run(chosen, "comparison", options, address, tracking_uri)
 
 
-def _paper(name: str | None, storage: Path) -> int:
+def _paper(name: str | None, storage: str) -> int:
     from raytickets import paper
     from raytickets.scoreboard import paper_table
 
     if name is None:
         Console().print(paper_table(paper.PUBLISHED))
         return 0
-    report = Sweep(storage / name).report()
+    report = Sweep(place(storage) / name).report()
     if report["kind"] != "comparison":
         raise InputError("name", name, "must be a comparison, and this is a sweep")
     Console().print(paper_table(paper.published_for(report), report))
@@ -122,89 +162,83 @@ def _space(given: str, data: str | None, smoke: bool) -> SearchSpace:
     chosen = load_space(given, smoke=smoke)
     if data is None:
         return chosen
-    folder = dataclasses.replace(
-        chosen.data, source="folder", path=data, download=False, columns=None
-    )
-    return dataclasses.replace(chosen, data=folder)
+    folder = {"source": "folder", "path": data, "download": False, "columns": None}
+    return dataclasses.replace(chosen, data=dataclasses.replace(chosen.data, **folder))
 
 
 def _run(
-    space: SearchSpace, kind: "Kind", name: str | None, storage: Path, tracking_uri: str | None
+    space: SearchSpace, kind: "Kind", options: dict[str, Any], address: str | None, uri: str | None
 ) -> int:
-    """Run a sweep or a comparison, and show it."""
-    from raytickets.plan import default_name, make_plan
+    """Run a sweep or a comparison, and show it; `options` are those of `plan.opened`."""
+    from raytickets.plan import default_name, opened
 
     # The name is settled here so that one that is interrupted can be told how to go on.
-    name = name or default_name(space, kind)
-    console = Console()
-    with console.status("checking the network and reading the images"):
-        plan = make_plan(space, name=name, storage=storage, kind=kind)
-    print(f"{kind} {name} in {plan.folder}", flush=True)
-
-    from raytickets.console import Progress
-    from raytickets.driver import SweepFailed, run
-    from raytickets.scoreboard import Scoreboard
-    from raytickets.tracking import resolve_uri, tickets_address, ui_command
-
-    gc.enable()
-    code = 0
-    compared = kind == "comparison"
-    display = Scoreboard(console, plan.opening) if compared else Progress(console, space)
+    name = options.pop("name") or default_name(space, kind)
+    again = f"interrupted; the same command with the {kind}'s name goes on:\n  {_again(name)}"
+    console, code = Console(), 0
     try:
-        with display:
-            sweep = run(plan, tracking_uri, display)
-    except SweepFailed as error:
-        print(f"raytickets: a stage failed: {error}", file=sys.stderr)
-        sweep, code = Sweep(plan.folder), FAILED
+        with contextlib.ExitStack() as stack:
+            with console.status("checking the network and reading the images"):
+                plan = stack.enter_context(opened(space, name=name, kind=kind, **options))
+            folder = plan.folder
+            print(f"{kind} {folder.name} in {shown(folder)}", *plan.notes, sep="\n", flush=True)
+
+            from raytickets.console import Progress
+            from raytickets.driver import SweepFailed, interruptible, run
+            from raytickets.scoreboard import Scoreboard, table_of
+            from raytickets.tracking import resolve_uri, tickets_address, ui_command
+
+            gc.enable()
+            compared = kind == "comparison"
+            display = Scoreboard(console, plan.opening) if compared else Progress(console, space)
+            try:
+                with interruptible(again), display:
+                    sweep = run(plan, uri, display, address=address)
+            except SweepFailed as error:
+                print(f"raytickets: {error}", file=sys.stderr)
+                sweep, code = Sweep(folder), FAILED
+                if not (folder / NAME).exists():
+                    return code
     except KeyboardInterrupt:
-        print(f"interrupted; the same command with the {kind}'s name goes on:")
-        print("  " + _again(name))
+        print(again)
         return INTERRUPTED
-    console.print("", _table(sweep.report()), "", sep="\n")
-    uri = resolve_uri(tracking_uri)
+    console.print("", table_of(sweep.report()), "", sep="\n")
+    uri = resolve_uri(uri)
     print(f"Compare the tickets in MLflow:\n  {ui_command(uri)}")
     if code == 0:
-        print(f"  {tickets_address(uri, space.name, kind, name)}")
+        print(f"  {tickets_address(uri, space.name, kind, folder.name)}")
     return code
-
-
-def _table(report: dict[str, Any]) -> Group:
-    from raytickets.console import report_table
-    from raytickets.scoreboard import comparison_table
-
-    return comparison_table(report) if report["kind"] == "comparison" else report_table(report)
 
 
 def _again(name: str) -> str:
     """The command line as it was given, with the sweep's or comparison's name."""
-    words = ["raytickets", *sys.argv[1:]]
+    words = ["raytickets", *(word for word in sys.argv[1:] if word != "--new")]
     named = any(word.partition("=")[0] == "--name" for word in words)
     return shlex.join(words if named else [*words, "--name", name])
 
 
 @app.command
-def report(sweep: Annotated[Positional[str], arg(metavar="SWEEP")], *, json: bool = False) -> int:
+def report(sweep: Found, *, json: bool = False) -> int:
     """Show what a sweep or a comparison found, from its folder.
 
     Args:
-        sweep: its folder, or its name under ./sweeps.
         json: print the report as JSON (see `raytickets.Sweep.report`).
     """
     found = _sweep(sweep).report()
     if json:
-        print(_json(found))
+        print(dumps(found, indent=2))
         return 0
+    from raytickets.scoreboard import table_of
 
-    Console().print(_table(found))
+    Console().print(table_of(found))
     return 0
 
 
 @app.command
-def show(ticket: Given, *, json: bool = False) -> int:
+def show(ticket: Ticket, *, json: bool = False) -> int:
     """Show how a ticket was found and what it keeps, after verifying its checksums.
 
     Args:
-        ticket: the ticket's folder, or its id if it is in a sweep under ./sweeps.
         json: print its manifest as JSON.
     """
     from raytickets.console import ticket_table
@@ -215,7 +249,7 @@ def show(ticket: Given, *, json: bool = False) -> int:
     except DamagedTicket as error:
         raise InputError("ticket", ticket, str(error)) from error
     if json:
-        print(_json(dict(found.manifest)))
+        print(dumps(dict(found.manifest), indent=2))
     else:
         Console().print(ticket_table(found))
     return 0
@@ -223,46 +257,88 @@ def show(ticket: Given, *, json: bool = False) -> int:
 
 @app.command
 def retrain(
-    ticket: Given,
+    ticket: Ticket,
     *,
     epochs: Annotated[int | None, arg(metavar="N")] = None,
     weights: Annotated[Literal["inherit", "reinit"] | None, arg(metavar="inherit|reinit")] = None,
-    tracking_uri: Annotated[str | None, arg(metavar="URI")] = None,
+    address: Ray = None,
+    tracking_uri: Store = None,
 ) -> int:
     """Retrain one ticket of a sweep, with the sweep's recipe and on its data.
 
     Args:
-        ticket: the ticket's folder, or its id if it is in a sweep under ./sweeps.
         epochs: train this long in place of the recipe's epochs.
         weights: go on from the ticket's weights, or draw new ones in its shape.
-        tracking_uri: the MLflow store; else MLFLOW_TRACKING_URI, else sqlite:///mlflow.db here.
     """
-    path = _ticket(ticket).resolve()
+    path = _ticket(ticket)
     sweep = Sweep(path.parent.parent)
     space = sweep.space()
     if epochs is not None:
         space = space.with_retraining(epochs=epochs)
 
     from raytickets.console import Progress
-    from raytickets.driver import SweepFailed, retrain_ticket
+    from raytickets.driver import SweepFailed, interruptible, retrain_ticket
     from raytickets.ticket import DamagedTicket
 
     gc.enable()
+    line = "interrupted; the same command begins it again"
     try:
-        with Progress(Console(), space) as progress:
+        with interruptible(line), Progress(Console(), space) as progress:
             done = retrain_ticket(
                 path,
                 epochs=epochs,
                 weights=weights,
                 tracking_uri=tracking_uri,
                 observer=progress,
+                address=address,
             )
     except DamagedTicket as error:
         raise InputError("ticket", ticket, str(error)) from error
     except SweepFailed as error:
-        print(f"raytickets: retraining failed: {error}", file=sys.stderr)
+        print(f"raytickets: {error}", file=sys.stderr)
         return FAILED
-    print(f"test accuracy {done['test_accuracy']:.2%}, saved as {sweep.path / done['path']}")
+    print(f"test accuracy {done['test_accuracy']:.2%}, saved as {shown(sweep.path / done['path'])}")
+    return 0
+
+
+@app.command
+def sync(sweep: Found, *, tracking_uri: Annotated[str | None, arg(metavar="URI")] = None) -> int:
+    """Deliver to MLflow what it has not got of a sweep or a comparison; as often as you like.
+
+    Args:
+        tracking_uri: the MLflow store; else the one that the sweep was recorded in.
+    """
+    found = _sweep(sweep)
+    found.opening()
+
+    from raytickets.tracking import Undelivered, sync
+
+    try:
+        with hold(found.path):
+            done = sync(found.path, tracking_uri)
+    except Undelivered as error:
+        print(f"raytickets: {error}", file=sys.stderr)
+        return FAILED
+    print(f"MLflow has all {done.events} events of {found.name} in {done.runs} runs")
+    return 0
+
+
+@app.command
+def history(
+    space: Annotated[Positional[str], arg(metavar="SPACE")], *, storage: Place = STORAGE
+) -> int:
+    """Show what changed from sweep to sweep of a space: the best ticket per MACs, and regressions.
+
+    Args:
+        space: the name of the space, as its sweeps have it.
+    """
+    from raytickets.console import history_table
+    from raytickets.history import history as sweeps_of
+
+    rows = sweeps_of(place(storage), space)
+    if not rows:
+        raise InputError("space", space, f"has no sweep in {storage}")
+    Console().print(history_table(space, rows))
     return 0
 
 
@@ -276,32 +352,34 @@ def spaces() -> int:
     return 0
 
 
-def _json(values: object) -> str:
-    return json.dumps(values, indent=2)
-
-
 def _sweep(given: str) -> Sweep:
-    path = Path(given)
-    return Sweep(path if path.is_dir() else STORAGE / given)
+    path = place(given)
+    return Sweep(path if path.is_dir() or path.is_absolute() else Path(STORAGE, given))
 
 
 def _ticket(given: str) -> Path:
-    path = Path(given)
-    if path.is_dir():
-        return path
-    found = [*STORAGE.glob(f"*/tickets/{given}"), *STORAGE.glob(f"*/retrained/{given}")]
+    path = place(given)
+    if path.is_dir() or shown(path) != str(path):
+        return path.resolve()
+    storage = Path(STORAGE)
+    found = [*storage.glob(f"*/tickets/{given}"), *storage.glob(f"*/retrained/{given}")]
     if not found:
         raise InputError("ticket", given, "must be a ticket's folder, or an id under ./sweeps")
-    return found[0]
+    return found[0].resolve()
 
 
 def main() -> None:
-    """Run the command line and exit: 0 done, 2 bad input, 3 a stage failed, 130 interrupted."""
+    """Run the command line and exit.
+
+    0: all done. 2: bad input. 3: something failed, or MLflow has not got everything. 4: another
+    process runs the sweep of this name. 130: interrupted, by Ctrl-C or SIGTERM.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     gc.disable()  # The garbage of importing torch is none; collecting it takes a second.
     try:
         code = app.cli(
             prog="raytickets",
-            description="Search early-bird lottery tickets: smaller networks for less energy.",
+            description=ABOUT,
             config=(FlagCreatePairsOff,),
         )
     except KeyboardInterrupt:
@@ -309,6 +387,9 @@ def main() -> None:
     except InputError as error:
         print(f"raytickets: {error}", file=sys.stderr)
         code = BAD_INPUT
+    except Held as error:
+        print(f"raytickets: {error}", file=sys.stderr)
+        code = HELD
     sys.exit(code)
 
 

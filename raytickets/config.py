@@ -282,17 +282,29 @@ class Retraining(Training):
     schedule: Schedule = "cosine"
     weights: Weights = "inherit"
     """`inherit` goes on from the ticket's weights; `reinit` draws new ones in its shape."""
-    num_workers: int | None = None
-    """Ray Train workers; must divide the batch size. None takes the most that do and fit."""
+    num_workers: int | tuple[int, int] | None = None
+    """Ray Train workers, which share every batch: its size and the learning rate mean the same for
+    any number. A pair is the least and the most, between which the group follows the cluster, going
+    on from its last epoch. None is what the cluster has, with at least two images of a batch each.
+    """
 
     def validate(self, name: str):
         super().validate(name)
         _choice(f"{name}.weights", self.weights, get_args(Weights))
-        if self.num_workers is not None:
-            _whole(f"{name}.num_workers", self.num_workers, 1)
-            if self.batch_size % self.num_workers:
-                allowed = f"must divide {name}.batch_size, which is {self.batch_size}"
-                raise InputError(f"{name}.num_workers", self.num_workers, allowed)
+        if self.num_workers is None:
+            return
+        pair = self.num_workers
+        if not isinstance(pair, tuple):
+            pair = (pair, pair)
+        if len(pair) != 2:
+            allowed = "must be a whole number, or a pair of the least and the most"
+            raise InputError(f"{name}.num_workers", self.num_workers, allowed)
+        least, most = pair
+        _whole(f"{name}.num_workers", least, 1)
+        _whole(f"{name}.num_workers", most, least)
+        if most > self.batch_size:
+            allowed = f"must be at most {name}.batch_size, which is {self.batch_size}"
+            raise InputError(f"{name}.num_workers", self.num_workers, allowed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -446,17 +458,19 @@ class Resources:
     """What one trajectory takes; CPUs are also its torch threads."""
 
     cpus_per_trial: int = 1
-    gpus_per_trial: float = 0.0
+    gpus_per_trial: float | None = None
+    """None is one each where the cluster has GPUs or can get machines that have, else none."""
     watts: float | None = None
     """Power that the hardware of one trial draws, from its data sheet or a meter: what energy is
     estimated with where no counter can be read."""
 
     def __post_init__(self):
         _whole("resources.cpus_per_trial", self.cpus_per_trial, 1)
-        _not_negative("resources.gpus_per_trial", self.gpus_per_trial)
-        if self.gpus_per_trial > 1 and self.gpus_per_trial % 1:
-            allowed = "must be a whole number above 1, as Ray only shares single GPUs"
-            raise InputError("resources.gpus_per_trial", self.gpus_per_trial, allowed)
+        if self.gpus_per_trial is not None:
+            _not_negative("resources.gpus_per_trial", self.gpus_per_trial)
+            if self.gpus_per_trial > 1 and self.gpus_per_trial % 1:
+                allowed = "must be a whole number above 1, as Ray only shares single GPUs"
+                raise InputError("resources.gpus_per_trial", self.gpus_per_trial, allowed)
         if self.watts is not None:
             _positive("resources.watts", self.watts)
 

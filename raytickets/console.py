@@ -1,6 +1,6 @@
 """What a person sees: live progress, and the tables at the end."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from raytickets.config import SearchSpace
+from raytickets.history import Best, Row
 from raytickets.journal import Event
 from raytickets.ticket import Ticket, kept_channels
 
@@ -68,6 +69,7 @@ class Progress(Display):
         self._trajectories: dict[str, dict[str, Any]] = {}
         self._proofs: dict[str, Event] = {}
         self._retraining: dict[str, Event] = {}
+        self._retries: dict[str, Event] = {}
         proposed = space.optuna.ranges if space.optuna else {}
         self._budget = "" if "training.epochs" in proposed else f"/{space.training.epochs}"
 
@@ -87,6 +89,8 @@ class Progress(Display):
             self._proofs[event["ticket"]] = event
         elif kind in ("epoch", "retrained"):
             self._retraining[event["run"]] = self._retraining.get(event["run"], {}) | event
+        elif kind == "retry":
+            self._retries[event.get("trajectory") or event["run"]] = event
 
     def _line(self, event: Event) -> str | None:
         match event["event"]:
@@ -115,6 +119,8 @@ class Progress(Display):
                 reason = f" ({event['reason']})" if event["reason"] else ""
                 proposed = f": {changes_text(event['changes'])}" if event["changes"] else ""
                 return f"{event['trajectory']}  {event['state']}{reason}{proposed}"
+            case "retry":
+                return retry_line(event)
             case "epoch":
                 return (
                     f"retraining {event['run']}"
@@ -146,6 +152,7 @@ class Progress(Display):
         if len(shown) > self._console.height // 2:
             shown = {name: row for name, row in shown.items() if "trajectory" not in row}
             notes.append(f"{len(self._trajectories) - len(shown)} trajectories have ended.")
+        notes += map(retry_line, self._retries.values())
         if self._proofs:
             notes.append(_proved_again([proof["rung"] for proof in self._proofs.values()]))
         for name, row in shown.items():
@@ -177,6 +184,11 @@ class Progress(Display):
                 f"{event['test_accuracy']:.1%}" if "test_accuracy" in event else "",
             )
         return table
+
+
+def retry_line(event: Event) -> str:
+    who = event.get("trajectory") or f"retraining {event['run']}"
+    return f"{who}  runs again, attempt {event['attempt']}: {event['reason']}"
 
 
 def plain_table(title: str, headers: list[str], right: list[str]) -> Table:
@@ -260,8 +272,18 @@ def report_table(report: Mapping[str, Any]) -> Group:
         if left:
             reason = f" ({event['reason']})" if event["reason"] else ""
             lines.append(f"{event['trajectory']}: prune ratio {', '.join(left)}{reason}")
+    lines += lost_lines(report)
     costs = ["", _costs(report), ""] if report["sweep_cost"] is not None else [""]
     return Group(table, "", legend, *costs, *map(Text, lines))
+
+
+def lost_lines(report: Mapping[str, Any]) -> list[str]:
+    """What a report says of trajectories or sources that were cut off, and of lost workers."""
+    lines = [f"{name}: interrupted" for name in report["interrupted"]]
+    if retries := report["retries"]:
+        shown = ", ".join(f"{name} ({count})" for name, count in retries.items())
+        lines.append(f"Run again because a worker was lost: {shown}.")
+    return lines
 
 
 _LEGEND = {
@@ -338,3 +360,30 @@ def ticket_table(ticket: Ticket) -> Group:
     for name, (kept, width) in kept_channels(manifest).items():
         groups.add_row(name, str(kept), str(width), "█" * round(24 * kept / width))
     return Group(table, "", groups)
+
+
+def history_table(space: str, rows: Sequence[Row]) -> Group:
+    """The sweeps of a space: the best retrained ticket within each share of the dense MACs."""
+    budgets = sorted({best.budget for row in rows for best in row.best})
+    headers = ["sweep", "state", *(f"within\n{budget:.0%}" for budget in budgets)]
+    table = plain_table(f"Sweeps of {space}", headers, right=headers[2:])
+    lines = []
+    for row in rows:
+        best = {best.budget: best for best in row.best}
+        cells = [_best_text(best[b]) if b in best else "-" for b in budgets]
+        table.add_row(row.sweep, row.state, *cells)
+        lines += [f"{row.sweep}: {row.reason}"] if row.reason else []
+        lines += [f"{row.sweep} changed {', '.join(row.changed)}."] if row.changed else []
+    return Group(table, Text(_HISTORY), *map(Text, lines))
+
+
+_HISTORY = (
+    "Test accuracy of the best retrained ticket (by validation accuracy) within each share of the"
+    " dense network's MACs, and how many points its validation accuracy is above or below the sweep"
+    " before; ! marks a fall by more than its standard error."
+)
+
+
+def _best_text(best: Best) -> str:
+    change = "" if best.change is None else f" {100 * best.change:+.1f}"
+    return f"{best.test_accuracy:.1%}{change}{'!' * best.regression}"

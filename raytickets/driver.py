@@ -3,12 +3,12 @@
 import contextlib
 import logging
 import os
-import socket
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 # Under `uv run` Ray would build a new environment for every worker; a sweep's workers are to run
 # in the one that the driver has. In place of Tune's own files, boxes and Ctrl-C handler there are
@@ -23,13 +23,18 @@ os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
 
 import ray
 
+from raytickets import storage as places
+from raytickets import study
+from raytickets.comparison import source_count
 from raytickets.config import InputError, SearchSpace
 from raytickets.contest import run_contest
 from raytickets.data import DataSet, load_data
 from raytickets.halving import choose_winners
-from raytickets.journal import Event, Journal
-from raytickets.plan import Plan, make_plan
+from raytickets.journal import Event, Journal, mend_journal
+from raytickets.lease import Held, Lease, hold
+from raytickets.plan import Plan, opened
 from raytickets.retrain import DENSE, Job, retrain, worker_count
+from raytickets.room import NoRoom, Room, connected
 from raytickets.sweep import Sweep, select
 from raytickets.ticket import load_ticket
 from raytickets.tuner import run_search
@@ -39,9 +44,16 @@ if TYPE_CHECKING:
 
 Observer = Callable[[Event], None]
 
+PATIENCE_S, INTERRUPTED_S = 30.0, 2.0
+"""How long MLflow is waited for at the end, and by what was interrupted."""
+LAST_S = 5.0
+"""How long a process that was interrupted may take to end."""
+
+log = logging.getLogger("raytickets")
+
 
 class SweepFailed(RuntimeError):
-    """A stage of the sweep or comparison failed; what was found before is on disk."""
+    """A stage failed, or MLflow is owed events; what was found before is on disk."""
 
 
 def _unheard(event: Event) -> None:
@@ -55,16 +67,21 @@ def search(
     storage: str | Path = "sweeps",
     tracking_uri: str | None = None,
     observer: Observer = _unheard,
+    address: str | None = None,
+    new: bool = False,
 ) -> Sweep:
     """Run a sweep: trajectories, tickets, proofs, winners, retraining, MLflow.
 
-    The sweep's folder is `storage/name`; without a name it is called after the space and the time.
-    The same name goes on with a sweep that was cut off: what it had finished is not done again.
-    `observer` hears every event of `raytickets.journal` once it is on disk. Ray is the cluster at
-    RAY_ADDRESS, or this machine. Raises InputError on input that cannot be used, before Ray
-    starts where that can be known, and SweepFailed if a stage failed.
+    The sweep's folder is `storage/name`, which may be at an address as s3://bucket/sweeps; without
+    a name it is called after the space and the time. The same name goes on with a sweep that was
+    cut off: what it had finished is not done again. With `new` it starts anew, and what was there
+    is kept under another name. `observer` hears every event of `raytickets.journal` once it is on
+    disk. Ray is the cluster at `address`, else at RAY_ADDRESS, else this machine. Raises InputError
+    on input that cannot be used, before Ray starts where that can be known, Held if another process
+    runs this sweep, and SweepFailed if a stage failed.
     """
-    return run(make_plan(space, name=name, storage=storage), tracking_uri, observer)
+    with opened(space, name=name, storage=storage, new=new) as plan:
+        return run(plan, tracking_uri, observer, address=address)
 
 
 def compare(
@@ -74,41 +91,63 @@ def compare(
     storage: str | Path = "sweeps",
     tracking_uri: str | None = None,
     observer: Observer = _unheard,
+    address: str | None = None,
+    new: bool = False,
 ) -> Sweep:
     """Run a comparison: every method of `space.comparison` at every prune ratio and seed.
 
-    What `name`, `storage`, `observer` and Ray are, and what is raised, is as for `search`; the
-    report of what comes back is that of `raytickets.comparison`. A source of tickets that fails, or
-    a retraining, leaves the rest alone: SweepFailed comes at the end and names it.
+    What the arguments are, and what is raised, is as for `search`; the report of what comes back is
+    that of `raytickets.comparison`. A source of tickets that fails, or a retraining, leaves the
+    rest alone: SweepFailed comes at the end and names it.
     """
-    plan = make_plan(space, name=name, storage=storage, kind="comparison")
-    return run(plan, tracking_uri, observer)
+    with opened(space, name=name, storage=storage, kind="comparison", new=new) as plan:
+        return run(plan, tracking_uri, observer, address=address)
 
 
-def run(plan: Plan, tracking_uri: str | None = None, observer: Observer = _unheard) -> Sweep:
-    """Run a sweep or comparison whose input was checked; the rest of `search` and `compare`."""
-    space, sweep = plan.space, Sweep(plan.folder)
+def run(
+    plan: Plan,
+    tracking_uri: str | None = None,
+    observer: Observer = _unheard,
+    *,
+    address: str | None = None,
+) -> Sweep:
+    """Run a sweep or comparison whose plan is `opened`; the rest of `search` and `compare`.
+
+    The journal of one that is interrupted says so before KeyboardInterrupt goes on. Raises Lost if
+    another process may have taken the lease: then nothing more is written.
+    """
+    space, sweep, lease = plan.space, Sweep(plan.folder), plan.lease
+    assert lease is not None
     compared = plan.opening["event"] == "comparison"
-    with _running(space, plan.folder, tracking_uri, observer) as (slots, capacity, tell):
+    wanted = source_count(plan.opening) if compared else None
+    cluster = connected(space, address, wanted)
+    with _running(cluster, plan.folder, lease, tracking_uri, observer) as (room, told):
         # A comparison retrains each ticket in one process.
-        workers = 1 if compared else worker_count(space, capacity)
-        if plan.opening not in sweep.events():
-            tell(plan.opening)
+        workers = 1 if compared else worker_count(space, room.workers)
+        tell = told if compared or not space.optuna else _with_study(plan, told)
         cause = None
         try:
+            if plan.opening not in sweep.events():
+                tell(plan.opening)
             data = ray.put(plan.dataset)
             if compared:
-                run_contest(space, sweep, data, slots, tell)
+                run_contest(space, sweep, data, room, tell)
             else:
-                run_search(space, sweep, data, slots, tell)
-                _retrain_winners(space, sweep, data, workers, tell)
+                run_search(space, sweep, data, room, tell)
+                _retrain_winners(space, sweep, data, workers, room, tell)
+        except Held:
+            raise
+        except KeyboardInterrupt:
+            tell({"event": "end", "state": "interrupted", "reason": ""})
+            raise
         except Exception as error:
             cause = error
         reasons = [f"{event['trajectory']}: {event['reason']}" for event in sweep.failures()]
-        reason = "; ".join(reasons + ([_last_line(str(cause) or repr(cause))] if cause else []))
+        reasons += [_last_line(str(cause) or repr(cause))] if cause else []
+        reason = _advised("; ".join(reasons), plan.folder)
         tell({"event": "end", "state": "failed" if reason else "done", "reason": reason})
     if reason:
-        raise SweepFailed(reason) from cause
+        raise SweepFailed(f"a stage failed: {reason}") from cause
     return sweep
 
 
@@ -119,13 +158,15 @@ def retrain_ticket(
     weights: str | None = None,
     tracking_uri: str | None = None,
     observer: Observer = _unheard,
+    address: str | None = None,
 ) -> Event:
     """Retrain one ticket of a sweep with the sweep's recipe; its `retrained` event.
 
-    `epochs` and `weights` (`inherit` or `reinit`) replace the recipe's own. The result goes to the
-    sweep's journal and the ticket's MLflow run. Raises InputError, DamagedTicket or SweepFailed.
+    `path` is the ticket's folder or its address. `epochs` and `weights` (`inherit` or `reinit`)
+    replace the recipe's own. The result goes to the sweep's journal and the ticket's MLflow run.
+    Raises InputError, DamagedTicket, Held if another process writes in the sweep, or SweepFailed.
     """
-    path = Path(path).resolve()
+    path = places.local(path)
     ticket = load_ticket(path, trust_code=True)
     sweep = Sweep(path.parent.parent)
     space = sweep.space()
@@ -135,14 +176,58 @@ def retrain_ticket(
     recipe = {name: value for name, value in recipe.items() if value is not None}
     space = space.with_retraining(**recipe)
     dataset = load_data(space.data)
-    with _running(space, sweep.path, tracking_uri, observer) as (_, capacity, tell):
-        workers = worker_count(space, capacity)
-        jobs = [Job(ticket.id, path)]
+    with (
+        hold(sweep.path) as lease,
+        _running(
+            connected(space, address, wanted=1), sweep.path, lease, tracking_uri, observer
+        ) as (room, tell),
+    ):
+        workers = worker_count(space, room.workers)
+        jobs, data = [Job(ticket.id, path)], ray.put(dataset)
         try:
-            retrain(space, jobs, ray.put(dataset), sweep.path, workers, tell)
+            retrain(space, jobs, data, sweep.path, workers, tell, use_gpu=room.gpus > 0)
+        except Held:
+            raise
         except Exception as error:
-            raise SweepFailed(_last_line(str(error) or repr(error))) from error
+            reason = _advised(_last_line(str(error) or repr(error)), sweep.path)
+            raise SweepFailed(f"retraining failed: {reason}") from error
     return select(sweep.events(), "retrained")[-1]
+
+
+@contextlib.contextmanager
+def interruptible(line: str) -> Iterator[None]:
+    """Ctrl-C and SIGTERM are KeyboardInterrupt, and a second one does nothing.
+
+    A process that has not ended `LAST_S` later is ended, with exit code 130; with `line` printed if
+    it did not come to the end of this.
+    """
+    interrupted, ended = threading.Event(), threading.Event()
+
+    def interrupt(*_: object) -> None:
+        # A second one is not to cut off what the first one made begin to end.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        interrupted.set()
+        timer = threading.Timer(LAST_S, end)
+        timer.daemon = True
+        timer.start()
+        raise KeyboardInterrupt
+
+    def end() -> None:
+        if not ended.is_set():
+            os.write(1, f"{line}\n".encode())  # What writes to it may hang.
+        os._exit(130)
+
+    before = {n: signal.signal(n, interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    except SystemExit:  # So Ray answers SIGTERM while it starts.
+        raise KeyboardInterrupt from None
+    finally:
+        ended.set()
+        if not interrupted.is_set():
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def _last_line(error: str) -> str:
@@ -150,94 +235,112 @@ def _last_line(error: str) -> str:
     return error.strip().splitlines()[-1]
 
 
+_FULL = ("No space left", "disk is full", "quota exceeded", "File too large", "Read-only file")
+"""What the system and SQLite call a disk that takes no more."""
+
+
+def _advised(reason: str, folder: Path) -> str:
+    """The reason, with what to do about a disk that is full."""
+    if not any(words in reason for words in _FULL):
+        return reason
+    return f"{reason}; make space to write in {folder}, and the same command goes on"
+
+
 @contextlib.contextmanager
 def _running(
-    space: SearchSpace, folder: Path, tracking_uri: str | None, observer: Observer
-) -> Iterator[tuple[int, int, Callable[[Event], None]]]:
-    """Ray and MLflow: room for trials, room for retraining workers, and how to tell of events."""
+    cluster: contextlib.AbstractContextManager[Room],
+    folder: Path,
+    lease: Lease,
+    tracking_uri: str | None,
+    observer: Observer,
+) -> Iterator[tuple[Room, Callable[[Event], None]]]:
+    """Ray and MLflow: what there is room for, and how to tell of events."""
     with ThreadPoolExecutor(1) as pool:
         # MLflow takes seconds to import, and Ray as long to start.
         tracker = pool.submit(_open_tracker, folder, tracking_uri)
-        with _cluster(space) as room, _told(folder, tracker.result(), observer) as tell:
-            yield *room, tell
+        on_term = signal.getsignal(signal.SIGTERM)
+        with contextlib.ExitStack() as stack:
+            try:
+                room = stack.enter_context(cluster)
+            except NoRoom as error:
+                raise SweepFailed(str(error)) from error
+            tell = stack.enter_context(_told(folder, lease, tracker.result(), observer))
+            # Ray puts its own in place, which ends the process without a word to the journal.
+            if callable(on_term) and threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, on_term)
+            yield room, tell
 
 
 def _open_tracker(folder: Path, uri: str | None) -> "Tracker":
     from raytickets.tracking import Tracker, prepare_store, resolve_uri
 
     uri = resolve_uri(uri)
-    prepare_store(uri)
+    if warning := prepare_store(uri):
+        log.warning(warning)
     return Tracker(uri, folder)
 
 
 @contextlib.contextmanager
-def _cluster(space: SearchSpace) -> Iterator[tuple[int, int]]:
-    """Ray, if it does not run yet: how many trials and how many retraining workers fit on it."""
-    started = not ray.is_initialized()
-    if started:
-        address = os.environ.get("RAY_ADDRESS")
-        try:
-            if address and (place := urlsplit(f"//{address.removeprefix('ray://')}")).port:
-                # Ray itself waits for minutes for a head node that is not there.
-                socket.create_connection((place.hostname, place.port), timeout=5).close()
-            ray.init(
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                include_dashboard=None if address else False,
-            )
-        except OSError as error:
-            raise InputError("RAY_ADDRESS", address, f"no Ray cluster answers ({error})") from error
-    try:
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        asked = {"CPU": space.resources.cpus_per_trial, "GPU": space.resources.gpus_per_trial}
-        for kind, amount in asked.items():
-            most = max(node.get(kind, 0) for node in nodes)
-            if amount > most:
-                field = f"resources.{kind.lower()}s_per_trial"
-                raise InputError(field, amount, f"no machine of the cluster has over {most:g}")
-        slots = sum(
-            min(int(node.get(kind, 0) / amount) for kind, amount in asked.items() if amount)
-            for node in nodes
-        )
-        kind = "GPU" if space.resources.gpus_per_trial else "CPU"
-        yield slots, int(sum(node.get(kind, 0) for node in nodes))
-    finally:
-        if started:
-            ray.shutdown()
-
-
-@contextlib.contextmanager
 def _told(
-    folder: Path, tracker: "Tracker", observer: Observer
+    folder: Path, lease: Lease, tracker: "Tracker", observer: Observer
 ) -> Iterator[Callable[[Event], None]]:
-    """Tells an event to the journal, then to MLflow and the observer."""
+    """Tells an event to the journal, then to MLflow and the observer, once."""
+    if mended := mend_journal(folder):
+        log.warning(mended)
     journal = Journal(folder)
+    history = Sweep(folder).events()
 
     def tell(event: Event) -> None:
-        journal.append(event)
-        pass_on(event)
+        lease.confirm()
+        if journal.append(event):
+            pass_on(event)
 
     def pass_on(event: Event) -> None:
         tracker.write(event)
         observer(event)
 
-    for event in Sweep(folder).events():  # of what goes on
+    for event in history:  # of what goes on
         pass_on(event)
 
+    patience_s, lost = PATIENCE_S, False
     try:
-        yield tell
-    finally:
-        journal.close()
-        owed = tracker.close()
+        try:
+            yield tell
+        except Held:
+            patience_s, lost = 0, True
+            raise
+        except KeyboardInterrupt:
+            patience_s = INTERRUPTED_S
+            raise
+        finally:
+            owed = tracker.close(patience_s)
+            if not lost:
+                journal.close()
+    except OSError as error:
+        raise SweepFailed(_advised(str(error), folder)) from error
     if owed:
         raise SweepFailed(owed)
+
+
+def _with_study(plan: Plan, tell: Callable[[Event], None]) -> Callable[[Event], None]:
+    """Uploads the study's file as well, where the sweep is kept at an address."""
+    file = study.file_of(plan.folder, plan.opening)
+
+    def told(event: Event) -> None:
+        tell(event)
+        begun_or_ended = event.get("check") == 1 or event["event"] in ("trajectory", "end")
+        if begun_or_ended and file.exists():
+            places.keep(file)
+
+    return told
 
 
 def _retrain_winners(
     space: SearchSpace,
     sweep: Sweep,
     data: "ray.ObjectRef[DataSet]",
-    workers: int,
+    workers: int | tuple[int, int],
+    room: Room,
     tell: Callable[[Event], None],
 ) -> None:
     """Choose the winners, then retrain them and the dense reference, but for those that are."""
@@ -250,4 +353,4 @@ def _retrain_winners(
     jobs += [Job(event["ticket"], sweep.path / event["path"]) for event in winners]
     done = {event["run"] for event in select(events, "retrained")}
     if jobs := [job for job in jobs if job.run not in done]:
-        retrain(space, jobs, data, sweep.path, workers, tell)
+        retrain(space, jobs, data, sweep.path, workers, tell, use_gpu=room.gpus > 0)

@@ -1,7 +1,7 @@
 """The stop rule: has the mask of a prune ratio stopped changing?"""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -115,6 +115,30 @@ class MaskWindow:
             matrices[:, place, :place] = matrices[:, :place, place] = row
         return checks, dict(zip(self._ratios, matrices.round(decimals=3).tolist(), strict=True))
 
+    def state(self) -> dict[str, Tensor]:
+        """Everything that `check` changes, for `load`; levels are uint8 below 256 ratios."""
+        dtype = torch.uint8 if len(self._ratios) < 256 else torch.int32
+        empty = torch.zeros(0)
+        older, held = (
+            torch.stack([cuts.levels for cuts in some]).to(dtype) if some else empty
+            for some in (self._older, list(self._held.values()))
+        )
+        return {
+            "older": older,
+            "held": held,
+            "held_at": torch.tensor(list(self._held), dtype=torch.int64),
+            "before": torch.stack(list(self._before)) if self._before else empty,
+            "counts": torch.tensor([self._checks, self._stride], dtype=torch.int64),
+        }
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from the `state` of a window of the same rule, ratios and widths."""
+        self._older.extend(map(_Cuts.of, state["older"].int()))
+        held = map(_Cuts.of, state["held"].int())
+        self._held = dict(zip(state["held_at"].tolist(), held, strict=True))
+        self._before.extend(state["before"])
+        self._checks, self._stride = state["counts"].tolist()
+
     def _hold(self, newest: "_Cuts") -> None:
         self._checks += 1
         if (self._checks - 1) % self._stride == 0:
@@ -125,7 +149,7 @@ class MaskWindow:
 
     def _cut(self, scores: Tensor) -> "_Cuts":
         levels = torch.bucketize(scores, thresholds(scores, self._ratios), out_int32=True)
-        return _Cuts(levels, int(levels.max()))
+        return _Cuts.of(levels)
 
     def _distances(self, newest: "_Cuts", older: Sequence["_Cuts"]) -> Tensor:
         """From the newest masks to each of the older ones: float64 [older, K], ratios rising."""
@@ -172,3 +196,7 @@ class _Cuts(NamedTuple):
     """int32 [C]"""
     top: int
     """The largest level: the masks from this place on keep nothing."""
+
+    @classmethod
+    def of(cls, levels: Tensor) -> "_Cuts":
+        return cls(levels, int(levels.max()))

@@ -1,5 +1,5 @@
 """The journal of a sweep or a comparison: every result, one JSON object a line, on disk before
-anyone is told.
+anyone is told. The last field of a line, `crc32`, is the checksum of what stands before it.
 
 Events, by their `event` field (`run` is a trajectory, a ticket, or `dense`):
 
@@ -26,7 +26,8 @@ epoch        run, epoch, loss, validation_accuracy, learning_rate
 retrained    run, path, macs, params, epochs, validation_accuracy, test_accuracy, train_macs,
              seconds, num_workers; in comparisons also ledger, latency_ms (median of one image)
              and relative_latency (to the dense network)
-end          state (done or failed), reason
+retry        trajectory or run, attempt (from 1), reason: a worker was lost, and it is run again
+end          state (done, failed or interrupted), reason
 
 MACs are of one image forward (`macs`) or of training (3 x forward x samples); accuracies are
 shares between 0 and 1; seconds are wall time. A ledger is {forward_macs, backward_macs, samples,
@@ -35,44 +36,191 @@ seconds, joules, energy}, as in `raytickets.cost.Ledger`.
 
 import json
 import os
+import shutil
+import threading
 from pathlib import Path
 from typing import Any
+from zlib import crc32
+
+from raytickets import storage
 
 Event = dict[str, Any]
 
+NAME = "journal.jsonl"
+KEEP_S = 30.0
+"""How often the journal of a sweep at an address is uploaded."""
+
+_MARK = b', "crc32": "'
+_KEYS = {
+    "check": ("trajectory", "check"),
+    "ticket": ("trajectory", "ticket"),
+    "proof": ("ticket", "rung"),
+    "epoch": ("run", "epoch"),
+}
+"""The fields that tell an event from the others of its kind, where it may be told again."""
+
+
+class DamagedJournal(ValueError):
+    """A line of a journal is not what was written."""
+
 
 class Journal:
-    """Appends events to `journal.jsonl` in a sweep's folder, each one synced to disk."""
+    """Appends events to `journal.jsonl` in a sweep's folder, each one synced to disk.
+
+    Where the folder is a local copy of an address, the journal is uploaded every `KEEP_S` seconds
+    and when it is closed. Raises DamagedJournal as `read_journal` does, and OSError.
+    """
 
     def __init__(self, sweep: Path):
-        self.path = sweep / "journal.jsonl"
-        _drop_torn_line(self.path)
-        self._file = self.path.open("a", encoding="utf-8")
+        self.path = storage.fetch(sweep / NAME)
+        self.path.touch()
+        events, self._size = _whole(self.path)
+        self._file = self.path.open("r+b", buffering=0)
+        self._file.truncate(self._size)
+        _sync_folder(sweep)
+        self._keys: set[tuple] = set()
+        for event in events:
+            self._remember(event)
+        self._away = storage.address(self.path) != str(self.path)
+        self._closing = threading.Event()
+        if self._away:
+            threading.Thread(target=self._keep, name="journal", daemon=True).start()
 
-    def append(self, event: Event) -> None:
-        self._file.write(json.dumps(event, allow_nan=False) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+    def append(self, event: Event) -> bool:
+        """Write an event; False, and nothing written, if it is there already.
+
+        It is there if another one has its trajectory and check, trajectory and ticket, ticket and
+        rung, or run and epoch, unless the run was retrained since. Other events are always written.
+        Raises OSError if the disk does not take it; the journal is as it was then.
+        """
+        if _key(event) in self._keys:
+            return False
+        line = _line(event)
+        try:
+            self._file.seek(self._size)
+            written = 0
+            while written < len(line):
+                written += self._file.write(line[written:])
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            self._file.truncate(self._size)
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
+        self._size += len(line)
+        self._remember(event)
+        return True
 
     def close(self) -> None:
+        """Raises OSError if the last upload fails."""
+        self._closing.set()
         self._file.close()
+        if self._away:
+            storage.keep(self.path)
+
+    def _remember(self, event: Event) -> None:
+        if key := _key(event):
+            self._keys.add(key)
+        elif event["event"] == "retrained":
+            again = ("epoch", event["run"])
+            self._keys = {key for key in self._keys if key[:2] != again}
+
+    def _keep(self) -> None:
+        kept = 0
+        while not self._closing.wait(KEEP_S):
+            if kept < (size := self._size):
+                try:
+                    storage.keep(self.path)
+                    kept = size
+                except OSError:
+                    continue  # The next one may succeed, and the last one tells.
 
 
 def read_journal(sweep: Path) -> list[Event]:
     """Every whole event of a sweep, oldest first.
 
-    Raises FileNotFoundError if the folder holds no journal, ValueError on a damaged line.
+    Raises FileNotFoundError if the folder holds no journal, DamagedJournal on a damaged line.
     """
-    lines = (sweep / "journal.jsonl").read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    return _whole(storage.fetch(sweep / NAME))[0]
 
 
-def _drop_torn_line(path: Path) -> None:
-    """A writer that was killed may have left half a line; it was never told to anyone."""
+def mend_journal(sweep: Path) -> str | None:
+    """Cut the journal before its first damaged line; a sentence that says so, None if all is well.
+
+    What it was is kept beside it as `journal.damaged-<n>.jsonl`. Half a last line, which a writer
+    that was killed may have left, was never told to anyone and goes without a word. Of an address
+    the journal there is taken first, if another machine has gone on with it. Raises OSError.
+    """
+    path = storage.fetch_journal(sweep / NAME)
     if not path.exists():
-        return
+        return None
     content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        with path.open("r+b") as file:
-            file.truncate(whole)
+    events, size, damaged = _parse(content)
+    said = None
+    if damaged:
+        number = len(list(sweep.glob("journal.damaged-*.jsonl"))) + 1
+        copy = sweep / f"journal.damaged-{number}.jsonl"
+        shutil.copyfile(path, copy)
+        _sync(copy)
+        storage.keep(copy)
+        lines = content.count(b"\n", size)
+        said = (
+            f"line {len(events) + 1} of {storage.address(path)} is damaged: it goes on from the "
+            f"line before; the {lines} lines from there on are kept in {copy.name}"
+        )
+    if size < len(content):
+        os.truncate(path, size)
+        _sync(path)
+        _sync_folder(sweep)
+        storage.keep(path)
+    return said
+
+
+def _whole(path: Path) -> tuple[list[Event], int]:
+    """The events and the bytes that they take, without half a last line."""
+    events, size, damaged = _parse(path.read_bytes())
+    if damaged:
+        raise DamagedJournal(f"line {len(events) + 1} is damaged")
+    return events, size
+
+
+def _parse(content: bytes) -> tuple[list[Event], int, bool]:
+    """The events before the first damaged line, the bytes they take, and whether there is one."""
+    events, start = [], 0
+    while (end := content.find(b"\n", start)) >= 0:
+        event = _event(content[start:end])
+        if event is None:
+            return events, start, True
+        events.append(event)
+        start = end + 1
+    # A whole line and another byte than its line break are no torn line.
+    return events, start, _event(content[start:-1]) is not None
+
+
+def _line(event: Event) -> bytes:
+    body = json.dumps(event, allow_nan=False).encode()[:-1]
+    return body + _MARK + f'{crc32(body):08x}"}}\n'.encode()
+
+
+def _event(line: bytes) -> Event | None:
+    """What `_line` wrote, None if it is damaged."""
+    body, mark, checksum = line.rpartition(_MARK)
+    if not mark or checksum != f'{crc32(body):08x}"}}'.encode():
+        return None
+    return json.loads(body + b"}")
+
+
+def _key(event: Event) -> tuple | None:
+    fields = _KEYS.get(event["event"])
+    return fields and (event["event"], *(event[field] for field in fields))
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

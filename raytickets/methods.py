@@ -30,25 +30,21 @@ from torch import Tensor, nn
 from raytickets import cost
 from raytickets.config import Method, SearchSpace
 from raytickets.cost import Ledger
+from raytickets.draw import Check, Setting, Trajectory, cut_groups, write_ticket
 from raytickets.energy import Meter
 from raytickets.journal import Event
 from raytickets.shrink import ChannelGroup, channel_groups, sensitivity, shrink
 from raytickets.ticket import load_ticket, save_retrained
 from raytickets.train import SGD, epoch_event, fit, retrained_event, seeded
 from raytickets.trajectory import (
-    Check,
-    Setting,
-    Trajectory,
+    Learner,
     checks,
     converged,
-    cut_groups,
     dense_network,
     diverged,
     ending,
-    mask_window,
     spent,
     until_drawn,
-    write_ticket,
 )
 
 SOURCES: dict[str, tuple[Method, ...]] = {
@@ -249,7 +245,7 @@ def _train(trajectory: Trajectory, network: nn.Module, mask: Tensor) -> _Round:
         dense_macs=cost.macs(network, example.to(trajectory.setting.numerics.device)),
     )
     here, stage = dataclasses.replace(trajectory, setting=setting), _Stage(setting)
-    *_, last = checks(here, network, mask_window(here))
+    *_, last = checks(here, Learner(here, network))
     scores = torch.full(mask.shape, -torch.inf)
     scores[mask] = last.scores
     return _Round(

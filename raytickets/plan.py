@@ -1,22 +1,36 @@
 """What a sweep or a comparison will do, checked before Ray starts, nothing slow imported."""
 
 import contextlib
+import dataclasses
 import itertools
+import os
 import re
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from raytickets.comparison import source_count
 from raytickets.config import InputError, Range, SearchSpace
-from raytickets.journal import Event
-from raytickets.sweep import Sweep
+from raytickets.journal import NAME, Event, mend_journal
+from raytickets.lease import FILE, Lease, hold
+from raytickets.storage import address, local, names
+from raytickets.sweep import Sweep, select, standing
 
 if TYPE_CHECKING:
     from raytickets.data import DataSet, Shape
 
 Kind = Literal["sweep", "comparison"]
+
+
+SPARE_BYTES = 100_000_000
+"""What is to be free on the disk besides checkpoints and tickets: journal, figures, Ray's files."""
+
+
+class SweepChanged(InputError):
+    """The sweep of this name began with another space or other images."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +41,71 @@ class Plan:
     folder: Path
     dataset: "DataSet"
     opening: Event
+    notes: tuple[str, ...] = ()
+    """What a person is to know of a folder that was not new."""
+    lease: Lease | None = None
+    """The folder's, None where nothing is going to run."""
+
+
+@contextlib.contextmanager
+def opened(
+    space: SearchSpace,
+    *,
+    name: str | None = None,
+    storage: str | Path = "sweeps",
+    kind: Kind = "sweep",
+    new: bool = False,
+    series: bool = False,
+) -> Iterator[Plan]:
+    """`make_plan`'s, with the folder's lease held; Held if another process does.
+
+    With `series`, `name` is that of a series, whose lease is held too. Its sweeps are numbered: the
+    newest goes on if it has not ended, or has failed once. Else the next one starts, as it does if
+    the space or the images changed.
+    """
+    name = name or default_name(space, kind)
+    folder = sweep_folder(storage, name)
+    with contextlib.ExitStack() as held:
+
+        def lease_of(folder: Path) -> Lease:
+            try:
+                return held.enter_context(hold(folder))
+            except OSError as error:
+                raise InputError("storage", str(storage), f"must be writable ({error})") from error
+
+        lease, plan = lease_of(folder), None
+        if series:
+            newest, following = _numbered(folder)
+            if newest:
+                lease = lease_of(sweep_folder(storage, newest))
+                with contextlib.suppress(SweepChanged):
+                    plan = make_plan(space, name=newest, storage=storage, kind=kind, series=name)
+            if plan is None:
+                lease = lease_of(sweep_folder(storage, following))
+                plan = make_plan(space, name=following, storage=storage, kind=kind, series=name)
+        else:
+            plan = make_plan(space, name=name, storage=storage, kind=kind, new=new)
+        yield dataclasses.replace(plan, lease=lease)
+
+
+def _numbered(series: Path) -> tuple[str | None, str]:
+    """The newest sweep of a series, if it is to go on, and the name of the next one."""
+    number = re.compile(rf"{re.escape(series.name)}-(\d{{4,}})")
+    found = [number.fullmatch(one) for one in names(series.parent)]
+    last = max((int(match[1]) for match in found if match), default=0)
+    newest = f"{series.name}-{last:04d}" if last else None
+    if newest and _is_over(Sweep(series.parent / newest)):
+        newest = None
+    return newest, f"{series.name}-{last + 1:04d}"
+
+
+def _is_over(sweep: Sweep) -> bool:
+    """It is done, or has failed twice: what fails every time is not to keep the next one away."""
+    try:
+        states = [event["state"] for event in select(sweep.events(), "end")]
+    except InputError:  # It has no journal yet, or one that is to be mended first.
+        return False
+    return states[-1:] == ["done"] or states.count("failed") > 1
 
 
 def make_plan(
@@ -35,16 +114,53 @@ def make_plan(
     name: str | None = None,
     storage: str | Path = "sweeps",
     kind: Kind = "sweep",
+    new: bool = False,
+    series: str | None = None,
 ) -> Plan:
-    """Check folder, network and data, and read the data; InputError if something cannot be used."""
+    """Check folder, network and data, and read the data; InputError if something cannot be used.
+
+    A damaged journal is mended; what was begun with another space or other images is SweepChanged.
+    With `new` all that the folder holds is kept under another name, and it starts anew. `series`
+    is the one that the sweep is of.
+    """
     name = name or default_name(space, kind)
-    folder = _writable_folder(storage, name)
+    folder = sweep_folder(storage, name)
     try:
-        return _checked(space, folder, kind)
+        if new and address(folder) != str(folder):
+            raise InputError("new", new, "is for folders; choose a new name at an address")
+        mended = mend_journal(folder)
+        before = None if new else _opening(folder, space, kind)
+        plan = _checked(space, folder, kind, before, series)
     except InputError:
-        with contextlib.suppress(OSError):
-            folder.rmdir()  # Only if nothing is in it.
+        _discard(folder)
         raise
+    moved = _set_aside(folder) if new else None
+    found = standing(Sweep(folder).events()) if before else None
+    notes = tuple(note for note in (mended, moved, found) if note)
+    return dataclasses.replace(plan, notes=notes)
+
+
+def _set_aside(folder: Path) -> str | None:
+    """Move what the folder holds to another one, the journal last: as long as it is here, the same
+    call goes on with it.
+    """
+    held = sorted(folder.iterdir(), key=lambda path: path.name == NAME)
+    held = [path for path in held if path.name != FILE]
+    if not held:
+        return None
+    kept = folder.with_name(f"{folder.name}-before-{time.strftime('%Y%m%d-%H%M%S')}")
+    kept.mkdir()
+    for path in held:
+        path.rename(kept / path.name)
+    return f"what {folder.name} held is kept in {address(kept)}"
+
+
+def _discard(folder: Path) -> None:
+    """Remove what was made for a start that was refused, if nothing else is in it."""
+    with contextlib.suppress(OSError):
+        if {path.name for path in folder.iterdir()} == {FILE}:
+            (folder / FILE).unlink()
+        folder.rmdir()
 
 
 def default_name(space: SearchSpace, kind: Kind) -> str:
@@ -53,8 +169,9 @@ def default_name(space: SearchSpace, kind: Kind) -> str:
     return f"{space.name}-{middle}{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def _checked(space: SearchSpace, folder: Path, kind: Kind) -> Plan:
-    before = _opening(folder, space, kind)
+def _checked(
+    space: SearchSpace, folder: Path, kind: Kind, before: Event | None, series: str | None
+) -> Plan:
     proposals = _extreme_proposals(space) if kind == "sweep" else []
     for changes in proposals:
         with _proposed(changes):
@@ -79,6 +196,7 @@ def _checked(space: SearchSpace, folder: Path, kind: Kind) -> Plan:
     opening = {
         "event": kind,
         "name": folder.name,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "space": space.as_dict(),
         "fingerprint": space.fingerprint,
         **summary,
@@ -90,10 +208,12 @@ def _checked(space: SearchSpace, folder: Path, kind: Kind) -> Plan:
         },
         "versions": package_versions(),
         **(_compared(space) if kind == "comparison" else {}),
+        **({"series": series} if series else {}),
     }
+    _check_free(space, folder, opening, begun=before is not None)
     if before is not None and before["data"] != opening["data"]:
-        allowed = f"the images are not those that the {kind} began with; choose a new name"
-        raise InputError("data.path", space.data.path, allowed)
+        allowed = f"the images are not those that the {kind} began with; {_ANEW}"
+        raise SweepChanged("data.path", space.data.path, allowed)
     if space.optuna and kind == "sweep":
         from raytickets.study import check_study
 
@@ -102,20 +222,38 @@ def _checked(space: SearchSpace, folder: Path, kind: Kind) -> Plan:
     return Plan(space, folder, dataset, before or opening)
 
 
-def _writable_folder(storage: str | Path, name: str) -> Path:
+_ANEW = "choose a new name, or start anew with --new, which keeps what is there"
+
+
+def sweep_folder(storage: str | Path, name: str) -> Path:
+    """The folder of this name, made if there is none; InputError if it cannot be written."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise InputError("name", name, "must be letters, digits, '.', '-' and '_'")
-    if re.match(r"\w+:/", str(storage)):
-        raise InputError("storage", str(storage), "must be a folder, no address")
-    folder = Path(storage).expanduser().resolve() / name
+    folder = local(storage) / name
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".probe"
-        probe.write_bytes(b"")
+        probe = folder / f".probe-{os.getpid()}"
+        probe.write_bytes(bytes(4096))
         probe.unlink()
     except OSError as error:
         raise InputError("storage", str(storage), f"must be writable ({error})") from error
     return folder
+
+
+def _check_free(space: SearchSpace, folder: Path, opening: Event, begun: bool) -> None:
+    """InputError if the disk has no room for what this is going to write."""
+    grid = len(space.penalties) * len(space.seeds)
+    count = space.optuna.trajectories if space.optuna else grid
+    if opening["event"] == "comparison":
+        count = source_count(opening)
+    at_once = min(count, os.cpu_count() or 1) + 1  # A retraining keeps checkpoints too.
+    tickets = count * len(opening.get("prune_ratios", space.prune_ratios))
+    # float32 weights and momenta in two generations and the one that is being written.
+    needed = SPARE_BYTES + 4 * opening["dense"]["params"] * (at_once * 2 * 3 + tickets)
+    free = shutil.disk_usage(folder).free
+    if free < (SPARE_BYTES if begun else needed):
+        allowed = f"needs about {needed / 1e6:,.0f} MB of space, and has {free / 1e6:,.0f} MB left"
+        raise InputError("storage", address(folder.parent), allowed)
 
 
 def _compared(space: SearchSpace) -> Event:
@@ -133,7 +271,7 @@ def _compared(space: SearchSpace) -> Event:
 def _opening(folder: Path, space: SearchSpace, kind: Kind) -> Event | None:
     """The first event of what the folder holds already, None for a new one."""
     sweep = Sweep(folder)
-    if not (folder / "journal.jsonl").exists() or not sweep.events():
+    if not (folder / NAME).exists() or not sweep.events():
         return None
     opening = sweep.opening()
     if opening["event"] != kind:
@@ -142,8 +280,8 @@ def _opening(folder: Path, space: SearchSpace, kind: Kind) -> Event | None:
     if opening["fingerprint"] != space.fingerprint:
         before, now = _fields(opening["space"]), _fields(space.as_dict())
         changed = [name for name in before | now if before.get(name) != now.get(name)]
-        allowed = f"this {kind} began with another {', '.join(changed)}; choose a new name"
-        raise InputError("name", folder.name, allowed)
+        allowed = f"this {kind} began with another {', '.join(changed)}; {_ANEW}"
+        raise SweepChanged("name", folder.name, allowed)
     return opening
 
 

@@ -278,6 +278,15 @@ def methods_against_macs(runs: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
+def page(figures: Mapping[str, Any]) -> str:
+    """Plotly's figures below each other, with its code, so that they show without a network."""
+    parts = [
+        figure.to_html(full_html=False, include_plotlyjs=place == 0, default_height="480px")
+        for place, figure in enumerate(figures.values())
+    ]
+    return "\n".join(["<!doctype html>", '<meta charset="utf-8">', *parts])
+
+
 def _highest(rows: Sequence[Sequence[float]]) -> float:
     return max(max(row) for row in rows)
 

@@ -1,10 +1,14 @@
 """Retraining: winning tickets and the dense reference, data-parallel on Ray Train."""
 
 import contextlib
-import tempfile
+import hashlib
+import json
 import threading
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +16,22 @@ from typing import Any
 import ray
 import ray.train
 import torch
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+import torch.distributed
+from ray.exceptions import RayActorError
+from ray.train import (
+    ControllerError,
+    FailureConfig,
+    RunConfig,
+    ScalingConfig,
+    TrainingFailedError,
+    WorkerGroupError,
+)
 from ray.train.torch import TorchTrainer, get_device, prepare_model
 from ray.util.queue import Empty, Queue
-from torch import nn
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from torch import Tensor, nn
 
-from raytickets import cost
+from raytickets import checkpoint, cost
 from raytickets.batches import Batches
 from raytickets.config import InputError, SearchSpace
 from raytickets.data import DataSet
@@ -29,7 +43,11 @@ from raytickets.train import SGD, epoch_event, fit, numerics, retrained_event, s
 DENSE = "dense"
 """The run of the dense reference."""
 
-_STATE = "state.pt"
+RETRIES = 2
+"""How often a network's workers are started again without an epoch done in between."""
+
+_STARTS = 30
+"""How often Ray Train waits a minute for machines with room for the workers."""
 
 
 @dataclass(frozen=True)
@@ -40,16 +58,16 @@ class Job:
     path: Path | None
 
 
-def worker_count(space: SearchSpace, available: int) -> int:
-    """Workers to retrain with: those the space asks for, or the most that divide a batch.
+def worker_count(space: SearchSpace, available: int) -> int | tuple[int, int]:
+    """Workers to retrain with, or the least and the most, as the space asks for.
 
-    `available` counts the CPUs, or the GPUs if the space trains on them. Raises InputError if the
-    space asks for more.
+    `available` counts the CPUs, or the GPUs if there are any. Raises InputError if the space asks
+    for more.
     """
-    asked, batch = space.retraining.num_workers, space.retraining.batch_size
+    asked = space.retraining.num_workers
     if asked is None:
-        return max(n for n in range(1, max(available, 1) + 1) if batch % n == 0)
-    if asked > available:
+        return max(min(available, space.retraining.batch_size // 2), 1)
+    if (asked if isinstance(asked, int) else asked[0]) > available:
         allowed = f"the cluster has room for {available}"
         raise InputError("retraining.num_workers", asked, allowed)
     return asked
@@ -60,45 +78,120 @@ def retrain(
     jobs: Sequence[Job],
     data: "ray.ObjectRef[DataSet]",
     sweep: Path,
-    num_workers: int,
+    num_workers: int | tuple[int, int],
     on_event: Callable[[Event], None],
+    *,
+    use_gpu: bool = False,
 ) -> None:
     """Retrain the jobs one after the other on one group of Ray Train workers.
 
     `on_event` hears every epoch, and of each finished network once it is on disk under
-    `sweep/retrained`, on a thread of its own. Raises what Ray Train raises when the workers fail
-    more often than it restarts them.
+    `sweep/retrained`, on a thread of its own. A network goes on from its last epoch if its
+    retraining by the same recipe was cut off, and epochs before that are told again; one whose
+    retraining had ended is only told again. Where workers are lost, the group is started again: a
+    `retry` event says why. Raises what Ray Train raises if that happens `RETRIES` times more
+    without an epoch in between, at once if the input is to blame or the loss is no number, and what
+    `on_event` raises.
     """
-    queue = Queue(actor_options={"num_cpus": 0})
-    trainer = _Trainer(
-        _train_worker,
-        train_loop_config={
-            "space": space,
-            "jobs": list(jobs),
-            "data": data,
-            "sweep": sweep,
-            "queue": queue,
-        },
-        scaling_config=ScalingConfig(
-            num_workers=num_workers, use_gpu=space.resources.gpus_per_trial > 0
-        ),
-        run_config=RunConfig(
-            name=f"retrain-{jobs[0].run}-{time.time_ns()}",
-            storage_path=str((sweep / "ray").resolve()),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
-            failure_config=FailureConfig(max_failures=2),
-        ),
-    )
-    over = threading.Event()
-    listener = threading.Thread(target=_listen, args=(queue, on_event, over), daemon=True)
-    listener.start()
-    try:
+    told = _Told(on_event)
+    failed = 0
+    while left := [job for job in jobs if job.run not in told.ended]:
+        before = len(told.epochs)
+        try:
+            _run_group(space, left, data, sweep, num_workers, told, use_gpu)
+            return
+        except ControllerError:
+            raise  # Ray Train's own failure: its workers could not be started for `_STARTS` minutes
+        except TrainingFailedError as error:
+            failed = 1 if len(told.epochs) > before else failed + 1
+            left = [job for job in left if job.run not in told.ended]
+            if failed > RETRIES or not left or _bound_to_fail(error):
+                raise
+            told.hear({"event": "retry", "run": left[0].run, "reason": _reason(error)})
+        if space.retraining.num_workers is None and isinstance(num_workers, int):
+            # The machine of a lost worker may not come back, and Ray hears of its loss late.
+            num_workers = (1, num_workers)
+
+
+class _Told:
+    """Tells events, and knows of which networks the last one was told."""
+
+    def __init__(self, on_event: Callable[[Event], None]):
+        self._on_event, self._retries = on_event, Counter()
+        self.epochs: set[tuple[str, int]] = set()
+        self.ended: set[str] = set()
+
+    def hear(self, event: Event) -> None:
+        run = event["run"]
+        if event["event"] == "retry":
+            self._retries[run] += 1
+            event = {"event": "retry", "run": run, "attempt": self._retries[run]} | event
+        elif event["event"] == "epoch":
+            self.epochs.add((run, event["epoch"]))
+        else:
+            self.ended.add(run)
+        self._on_event(event)
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[Queue]:
+        """A queue whose events are heard, all of them by the end."""
+        # It is to outlive the machines that workers run on.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
+        over = threading.Event()
+
+        def listen() -> None:
+            try:
+                while not over.is_set() or not queue.empty():
+                    with contextlib.suppress(Empty):
+                        self.hear(queue.get(timeout=0.2))
+            except Exception:
+                queue.shutdown(force=True)  # The next epoch fails: nobody would hear of it.
+                raise
+
+        with ThreadPoolExecutor(1) as pool:
+            listener = pool.submit(listen)
+            try:
+                yield queue
+            finally:
+                # Also after Ctrl-C: a thread that asks Ray for something while it shuts down is
+                # fatal.
+                over.set()
+                listener.result()
+        queue.shutdown()
+
+
+def _run_group(
+    space: SearchSpace,
+    jobs: Sequence[Job],
+    data: "ray.ObjectRef[DataSet]",
+    sweep: Path,
+    num_workers: int | tuple[int, int],
+    told: _Told,
+    use_gpu: bool,
+) -> None:
+    with told.listening() as queue:
+        trainer = _Trainer(
+            _train_worker,
+            train_loop_config={
+                "space": space,
+                "jobs": list(jobs),
+                "data": data,
+                "sweep": sweep,
+                "queue": queue,
+            },
+            scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=use_gpu),
+            run_config=RunConfig(
+                name=f"retrain-{jobs[0].run}-{time.time_ns()}",
+                storage_path=str((sweep / "ray").resolve()),
+                # Lost workers come back to `retrain`, which knows of progress and of what is left
+                # of the cluster: Ray Train would wait for a lost machine.
+                failure_config=FailureConfig(
+                    max_failures=0, max_preemption_failures=0, controller_failure_limit=_STARTS
+                ),
+            ),
+        )
         trainer.fit()
-    finally:
-        # Also after Ctrl-C: a thread that asks Ray for something while it shuts down is fatal.
-        over.set()
-        listener.join()
-    queue.shutdown()
 
 
 class _Trainer(TorchTrainer):
@@ -106,63 +199,178 @@ class _Trainer(TorchTrainer):
         """Leave Ctrl-C alone: Ray Train's handler outlives the training, and may exit with 0."""
 
 
-def _listen(queue: Queue, on_event: Callable[[Event], None], over: threading.Event) -> None:
-    while not over.is_set() or not queue.empty():
-        with contextlib.suppress(Empty):
-            on_event(queue.get(timeout=0.2))
+def _reason(error: TrainingFailedError) -> str:
+    """One line: which workers, and what Ray says of them."""
+    if not isinstance(error, WorkerGroupError):
+        return " ".join(str(error).split())
+    # Ray Train wraps what it hears of an actor that is gone.
+    failures = {
+        rank: getattr(failure, "health_check_failure", failure)
+        for rank, failure in error.worker_failures.items()
+    }
+    # The others fail for want of the one that is gone.
+    gone = {rank: e for rank, e in failures.items() if isinstance(e, RayActorError)} or failures
+    return "; ".join(f"worker {rank}: {_line(e)}" for rank, e in sorted(gone.items()))
+
+
+def _bound_to_fail(error: TrainingFailedError) -> bool:
+    """Whether the input is to blame, or the loss is no number: it will be so again."""
+    failures = error.worker_failures.values() if isinstance(error, WorkerGroupError) else ()
+    return any(isinstance(failure, ValueError | FloatingPointError) for failure in failures)
+
+
+def _line(error: Exception) -> str:
+    """Of what Ray says of a lost actor the facts, of a traceback the last line."""
+    if isinstance(error, RayActorError):
+        return " ".join(str(error).partition(" Some common causes")[0].split())
+    return traceback.format_exception_only(error)[-1].strip().rpartition("\n")[2]
 
 
 def _train_worker(config: dict[str, Any]) -> None:
-    """What each Ray Train worker runs: every job in turn, going on from a checkpoint if any."""
+    """What each Ray Train worker runs: every job in turn."""
     data: ray.ObjectRef[DataSet] = config["data"]
     dataset = ray.get(data)
-    state = _load_checkpoint()
-    for place, job in enumerate(config["jobs"]):
-        if state is None or place >= state["job"]:
-            here = state if state is not None and place == state["job"] else None
-            _retrain_one(config, job, place, dataset, here)
+    for job in config["jobs"]:
+        _retrain_one(config["space"], job, dataset, config["sweep"], config["queue"])
 
 
-def _retrain_one(
-    config: dict[str, Any],
-    job: Job,
-    place: int,
-    dataset: DataSet,
-    state: dict[str, Any] | None,
-) -> None:
-    space: SearchSpace = config["space"]
-    recipe, started = space.retraining, time.monotonic()
+def _retrain_one(space: SearchSpace, job: Job, dataset: DataSet, sweep: Path, queue: Queue) -> None:
+    recipe, device = space.retraining, get_device()
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
+    batch = min(recipe.batch_size, len(dataset.train.labels))
+    if world > batch:
+        raise InputError("retraining.num_workers", world, f"a batch has {batch} images")
+
+    # Only the first worker reads and writes checkpoints, and only it tells of anything.
+    folder = sweep / "checkpoints" / job.run / _identity(space, dataset)
+    found = checkpoint.load(folder) if rank == 0 else None
+    events: list[Event] = []
+    if rank == 0:
+        damaged = checkpoint.generations(folder) if found is None else found.damaged
+        if found is not None:
+            events.extend(found.state["events"])
+        for event in events:
+            queue.put(event)
+        if damaged:
+            place = f"goes on from epoch {found.number}" if found else "begins again"
+            reason = f"damaged: {', '.join(damaged)}; {place}"
+            queue.put({"event": "retry", "run": job.run, "reason": reason})
+    number = torch.tensor(found.number if found else 0, device=device)
+    first = int(_from_first_worker(number, world))
+    if first > recipe.epochs:
+        return
+
     network = _starting_network(space, job, dataset)
     macs = cost.macs(network, dataset.shape.example())
-    how = numerics(space.precision, space.channels_last, network, get_device())
-    parallel = prepare_model(how.place(network))
-    batches = Batches(dataset, space.data, get_device())
-    optimizer = SGD(parallel, recipe.momentum, recipe.weight_decay)
-    if state is not None:
-        network.load_state_dict(state["network"])
-        for velocity, saved in zip(optimizer.velocity, state["velocity"], strict=True):
-            velocity.copy_(saved)
-    first = 0 if state is None else state["epoch"]
+    how = numerics(space.precision, space.channels_last, network, device)
+    how.place(network)
+    optimizer = SGD(network, recipe.momentum, recipe.weight_decay)
+    best: dict[str, Tensor] = {}
+    started = time.monotonic()
+    if found is not None:
+        network.load_state_dict(_part(found.tensors, "network."))
+        optimizer.load(_part(found.tensors, "optimizer."))
+        best = _part(found.tensors, "best.")
+        started -= found.state["seconds"]
+    # Without find_unused_parameters DistributedDataParallel puts gradients into other buckets
+    # after its first step, and with three workers or more the sums of a group that was started
+    # again would differ in the last bit.
+    parallel = prepare_model(network, parallel_strategy_kwargs={"find_unused_parameters": True})
+    for tensor in optimizer.velocity:
+        _from_first_worker(tensor, world)
+    batches = Batches(dataset, space.data, device)
+    share = len(range(rank, batch, world)) / batch
+    if batch % world:
+        weigh(parallel, share * world)
 
     def order(epoch: int) -> torch.Generator:
+        # What the network draws itself, as dropout does, is a function of the epoch too.
+        torch.manual_seed(seeded("network", space.seeds[0], epoch, rank).initial_seed())
         return seeded("retrain", space.seeds[0], epoch)
 
     losses = fit(
         parallel, optimizer, batches, recipe, order, how, first=first, worker=(rank, world)
     )
     for epoch, (_, loss) in enumerate(losses, start=first + 1):
+        mean = torch.tensor(loss * share, dtype=torch.float64, device=device)
+        if world > 1:
+            torch.distributed.all_reduce(mean)
+        if not mean.isfinite():
+            raise FloatingPointError(f"{job.run} diverged in epoch {epoch}")
         if rank == 0:
-            event = epoch_event(job.run, epoch, loss, network, batches, recipe, how)
-            config["queue"].put(event)
-        _report(place, epoch, network, optimizer)
+            event = epoch_event(job.run, epoch, mean.item(), network, batches, recipe, how)
+            events.append(event | {"num_workers": world})
+            weights = network.state_dict()
+            if _best(events) == events[-1]:
+                best = {name: tensor.to("cpu", copy=True) for name, tensor in weights.items()}
+            checkpoint.save(
+                folder,
+                epoch,
+                _prefixed("network.", weights)
+                | _prefixed("optimizer.", optimizer.state())
+                | _prefixed("best.", best),
+                {"events": events, "seconds": time.monotonic() - started},
+            )
+            queue.put(events[-1])
     if rank == 0:
         event = retrained_event(job.run, started, network, macs, batches, recipe, how, world)
+        top = _best(events)
+        event |= {
+            "best_epoch": top["epoch"],
+            "best_validation_accuracy": top["validation_accuracy"],
+            "recipe": space.as_dict()["retraining"],
+        }
         if job.path is not None:
-            ticket = save_retrained(config["sweep"] / "retrained", job.path, network, event)
-            event["path"] = str(ticket.path.relative_to(config["sweep"]))
-        config["queue"].put(event)
+            ticket = save_retrained(sweep / "retrained", job.path, network, event)
+            event["path"] = str(ticket.path.relative_to(sweep))
+        # The last weights are the ticket's now; the best ones stay here if they are others.
+        kept = best if top["epoch"] < recipe.epochs else {}
+        checkpoint.save(folder, recipe.epochs + 1, kept, {"events": [*events, event]}, keep=1)
+        queue.put(event)
+
+
+def _identity(space: SearchSpace, dataset: DataSet) -> str:
+    """What a checkpoint must have been made by: the recipe and every other field, and the data."""
+    fields = json.dumps([space.fingerprint, dataset.fingerprint])
+    return hashlib.sha256(fields.encode()).hexdigest()[:16]
+
+
+def _from_first_worker(tensor: Tensor, world: int) -> Tensor:
+    """The first worker's values, in place."""
+    if world > 1:
+        torch.distributed.broadcast(tensor, 0)
+    return tensor
+
+
+def weigh(parallel: nn.Module, weight: float) -> None:
+    """Multiply every gradient by a weight.
+
+    Workers average their gradients of the mean loss over their own images. With a weight of `world`
+    times its share of the batch each, that is the gradient of the mean over the whole batch.
+    """
+
+    def scale(_module: nn.Module, _images: Any, logits: Tensor) -> None:
+        logits.register_hook(lambda gradient: gradient * weight)
+
+    parallel.register_forward_hook(scale)
+
+
+def _best(events: Sequence[Event]) -> Event:
+    """The first epoch of the highest validation accuracy."""
+    return max(events, key=lambda event: event["validation_accuracy"])
+
+
+def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
 
 
 def _starting_network(space: SearchSpace, job: Job, dataset: DataSet) -> nn.Module:
@@ -178,23 +386,3 @@ def _starting_network(space: SearchSpace, job: Job, dataset: DataSet) -> nn.Modu
         # The ticket's own seed would give it back the weights that its trajectory began with.
         return ticket.fresh_network(seeded("reinit", ticket.manifest["seed"]).initial_seed())
     return ticket.network()
-
-
-def _report(job: int, epoch: int, network: nn.Module, optimizer: SGD) -> None:
-    """Tell Ray Train how far all workers are, with a checkpoint to go on from."""
-    metrics = {"job": job, "epoch": epoch}
-    if ray.train.get_context().get_world_rank() > 0:
-        ray.train.report(metrics)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        weights = {"network": network.state_dict(), "velocity": optimizer.velocity}
-        torch.save(metrics | weights, Path(folder) / _STATE)
-        ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder))
-
-
-def _load_checkpoint() -> dict[str, Any] | None:
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        return None
-    with checkpoint.as_directory() as folder:
-        return torch.load(Path(folder) / _STATE, map_location="cpu", weights_only=True)

@@ -5,12 +5,14 @@ each source) and for the dense reference of a sweep, and below its trajectory on
 """
 
 import json
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from raytickets import comparison, halving, plots
+from raytickets import comparison, halving, plots, storage
 from raytickets.config import SearchSpace
 from raytickets.journal import Event
 
@@ -44,15 +46,17 @@ class Run:
     """MLflow's, empty before it is there."""
     started: int = 0
     """Milliseconds since 1970."""
+    artifacts: str = ""
+    """The address of its files."""
     status: str = ""
     """In MLflow."""
     wanted: str = "RUNNING"
     metrics: list[tuple[str, float, int, int]] = field(default_factory=list)
-    """Names, values, steps, and the places of their events in the journal."""
+    """Names, values, steps, and which of their kind they are where a later one replaces it."""
     params: dict[str, Any] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
     files: dict[str, Any] = field(default_factory=dict)
-    """By name: figures, plain values as JSON, texts, or the path of a folder."""
+    """By name: figures, plain values as JSON, texts, or the path of a folder, if it is there."""
 
     def measure(self, values: Mapping[str, float | None], step: int = 0, place: int = 0) -> None:
         """Add metrics, but for those that are None."""
@@ -69,16 +73,25 @@ class Runs:
     def __init__(self, folder: Path, opening: Event, found: Mapping[str, Run]):
         self._folder, self._opening = folder, opening
         self._space = SearchSpace.from_dict(opening["space"])
+        self._history: list[Event] = []
+        """Without checks and epochs, which are most of a journal."""
+        self._checks: dict[str, dict[int, Event]] = {}  # Until their trajectory ends.
+        self._retries: dict[str, list[str]] = {}
+        self._totals: dict[str, float | None] = {}
+        self._told: Counter[tuple[str, str]] = Counter()
+        """How many events of a kind a run had."""
         self.top: str = opening["event"]
         self.all = dict(found)
         self._searches: dict[str, Event] = {}
         self._run(self.top, self.top, opening["name"])
 
-    def add(self, event: Event, history: Sequence[Event]) -> None:
-        """Take in an event; `history` ends with it."""
+    def add(self, event: Event) -> None:
+        """Take in the next event of the journal."""
         top = self.all[self.top]
         if event["event"] in (self.top, "check", "winners"):
             top.wanted = "RUNNING"
+        if event["event"] not in ("check", "epoch"):
+            self._history.append(event)
         match event["event"]:
             case self.top:
                 self._open(event)
@@ -88,54 +101,48 @@ class Runs:
                 curves = _pick(event, "epoch", "loss", "validation_accuracy", "train_macs")
                 distances = {f"mask_distance_{r}": d for r, d in event["distances"].items()}
                 run.measure(curves | distances, event["check"])
+                self._checks.setdefault(event["trajectory"], {})[event["check"]] = event
             case "ticket":
                 self._add_ticket(event)
             case "proof":
                 proof = _pick(event, "proof_accuracy", "proof_macs")
                 self.all[event["ticket"]].measure(proof, event["rung"])
             case "trajectory":
-                self._end_trajectory(event, history)
+                self._end_trajectory(event)
             case "winners" if self._space.optuna and top.status != "FINISHED":
                 from raytickets.study import figures
 
                 if drawn := figures(self._space, self._folder):
-                    top.files["optuna.html"] = _page(drawn)
+                    top.files["optuna.html"] = plots.page(drawn)
             case "epoch":
                 run = self._retraining(event["run"])
                 run.wanted = "RUNNING"
                 curves = _pick(event, "loss", "validation_accuracy", "learning_rate")
-                run.measure(curves, event["epoch"])
+                run.measure(curves, event["epoch"], self._told["retrained", event["run"]])
             case "retrained":
-                self._end_retraining(event, len(history))
+                self._end_retraining(event)
+            case "retry":
+                self._retry(event)
             case "end":
-                for run in self.all.values():
-                    run.wanted = "KILLED" if run.wanted == "RUNNING" else run.wanted
-                top.wanted = "FINISHED" if event["state"] == "done" else "FAILED"
-                lines = [f"**{event['state'].capitalize()}**: {event['reason']}"]
-                lines = lines if event["reason"] else []
-                if self.top == "comparison":
-                    lines += [f"- {claim['sentence']}" for claim in comparison.claims(history)]
-                lines += ["", ABOUT[self.top]] if lines else [ABOUT[self.top]]
-                top.tags["mlflow.note.content"] = "\n".join(lines)
+                self._end(event)
+        if event["event"] in ("winners", "retrained", "end"):
+            self._add_totals()
 
-    def summarise(self, history: Sequence[Event]) -> None:
-        """The totals, the table of all tickets and their plot, on the run at the top."""
+    def summarise(self) -> None:
+        """The table of all tickets and their plot, on the run at the top."""
+        run, history = self.all[self.top], self._history
         if self.top == "comparison":
-            self._summarise_comparison(history)
+            rows = comparison.table(history)
+            _show_table(run, "comparison.json", rows)
+            if any(row["n"] for row in rows):
+                figure = plots.methods_against_macs(comparison.runs(history))
+                run.files["accuracy_against_macs.png"] = figure
             return
-        tickets = halving.proved(history)
-        retrained = {e["run"]: e for e in history if e["event"] == "retrained"}
-        winners = next((e["tickets"] for e in history[::-1] if e["event"] == "winners"), [])
-        tests = {key: event["test_accuracy"] for key, event in retrained.items()}
-        totals: dict[str, float | None] = {"tickets": len(tickets), "winners": len(winners)}
-        totals["dense_test_accuracy"] = tests.pop("dense", None)
-        # Of the ticket that was best in validation: the best on test images would flatter.
-        totals["winner_test_accuracy"] = tests.get(winners[0]) if winners else None
-        totals["best_proof_accuracy"] = max((t["proof_accuracy"] for t in tickets), default=None)
-        run, dense = self.all[self.top], self._opening["dense"]
-        run.measure(totals, place=len(history))
+        tickets, dense = halving.proved(history), self._opening["dense"]
         if not tickets:
             return
+        retrained = {e["run"]: e for e in history if e["event"] == "retrained"}
+        tests = {key: event["test_accuracy"] for key, event in retrained.items()}
         rows = [
             _pick(t, "prune_ratio", "penalty", "seed", "proof_accuracy", "proof_rung")
             | {"test_accuracy": tests.get(t["ticket"]), "macs": t["macs"]}
@@ -148,27 +155,77 @@ class Runs:
             tickets, halving.front(tickets), dense, retrained
         )
 
-    def _summarise_comparison(self, history: Sequence[Event]) -> None:
-        run, rows = self.all[self.top], comparison.table(history)
-        _show_table(run, "comparison.json", rows)
-        means: dict[str, float | None] = {}
-        for row in rows:
-            if row["method"] == "dense":
-                means["dense_test_accuracy"] = row["test_accuracy"]
-            else:
-                name = f"{row['method']}_{row['prune_ratio']:g}"
-                means[f"{name}_test_accuracy"] = row["test_accuracy"]
-                means[f"{name}_cost_to_dense"] = row["macs_to_dense"]
-        run.measure(means, place=len(history))
-        if any(row["n"] for row in rows):
-            figure = plots.methods_against_macs(comparison.runs(history))
-            run.files["accuracy_against_macs.png"] = figure
+    def candidates(self) -> list[Event]:
+        """The `retrained` events of a sweep's winners, if it ended well and their files are here.
+
+        The sweep's own retraining, not what `raytickets retrain` did later.
+        """
+        history = self._history
+        ends = [place for place, e in enumerate(history) if e["event"] == "end"]
+        if self.top != "sweep" or not ends or history[ends[-1]]["state"] != "done":
+            return []
+        winners = next((e["tickets"] for e in history[::-1] if e["event"] == "winners"), [])
+        first = {e["run"]: e for e in history[ends[-1] :: -1] if e["event"] == "retrained"}
+        found = [event for run, event in first.items() if run in winners]
+        return [e for e in found if storage.fetch(self._folder / e["path"]).is_dir()]
+
+    def _add_totals(self) -> None:
+        history = self._history
+        totals: dict[str, float | None] = {}
+        if self.top == "comparison":
+            for row in comparison.table(history):
+                if row["method"] == "dense":
+                    totals["dense_test_accuracy"] = row["test_accuracy"]
+                else:
+                    name = f"{row['method']}_{row['prune_ratio']:g}"
+                    totals[f"{name}_test_accuracy"] = row["test_accuracy"]
+                    totals[f"{name}_cost_to_dense"] = row["macs_to_dense"]
+        else:
+            tickets = halving.proved(history)
+            winners = next((e["tickets"] for e in history[::-1] if e["event"] == "winners"), [])
+            tests = {e["run"]: e["test_accuracy"] for e in history if e["event"] == "retrained"}
+            totals = {"tickets": len(tickets), "winners": len(winners)}
+            totals["dense_test_accuracy"] = tests.get("dense")
+            # Of the ticket that was best in validation: the best on test images would flatter.
+            totals["winner_test_accuracy"] = tests.get(winners[0]) if winners else None
+            accuracies = [ticket["proof_accuracy"] for ticket in tickets]
+            totals["best_proof_accuracy"] = max(accuracies, default=None)
+        changed = {key: total for key, total in totals.items() if total != self._totals.get(key)}
+        self._totals |= changed
+        self.all[self.top].measure(changed, place=self._place("totals", self.top))
+
+    def _place(self, kind: str, key: str) -> int:
+        self._told[kind, key] += 1
+        return self._told[kind, key]
+
+    def _retry(self, event: Event) -> None:
+        key = event.get("trajectory")
+        run = self._run(key, "trajectory", key, self.top) if key else self._retraining(event["run"])
+        run.wanted = "RUNNING"
+        reasons = self._retries.setdefault(key or event["run"], [])
+        reasons.append(event["reason"])
+        run.measure({"retries": len(reasons)}, len(reasons))
+        run.tags["raytickets.retry_reasons"] = "\n".join(reasons)[:5000]
+
+    def _end(self, event: Event) -> None:
+        top, state = self.all[self.top], event["state"]
+        for run in self.all.values():
+            if run.wanted == "RUNNING":
+                run.wanted = "KILLED"
+                if run.kind == "trajectory":
+                    run.tags["raytickets.state"] = "interrupted"
+        top.wanted = {"done": "FINISHED", "interrupted": "KILLED"}.get(state, "FAILED")
+        lines = [f"**{state.capitalize()}**: {event['reason']}"] if event["reason"] else []
+        if self.top == "comparison":
+            lines += [f"- {claim['sentence']}" for claim in comparison.claims(self._history)]
+        lines += ["", ABOUT[self.top]] if lines else [ABOUT[self.top]]
+        top.tags["mlflow.note.content"] = "\n".join(lines)
 
     def _open(self, event: Event) -> None:
         run = self.all[self.top]
         facts = _pick(event, "fingerprint", "channels", "dense", "versions")
-        run.params = _flat(event["space"] | facts | {"images": event["data"]})
-        run.files["space.json"] = event["space"]
+        run.params = _flat(masked(event["space"]) | facts | {"images": event["data"]})
+        run.files["space.json"] = masked(event["space"])
         run.tags["mlflow.note.content"] = ABOUT[self.top]
 
     def _add_ticket(self, event: Event) -> None:
@@ -191,42 +248,40 @@ class Runs:
             run.measure(_pick(event, "proof_accuracy", "proof_macs"), step=1)
         if run.status == "FINISHED":
             return  # From an earlier time, files and all.
-        files = self._folder / event["path"]
-        if files.is_dir():
-            run.files["ticket"] = files
+        run.files["ticket"] = self._folder / event["path"]
         if event["method"] != "dense":
             run.files["kept_channels.png"] = plots.kept_channels(event["kept"])
 
-    def _end_trajectory(self, event: Event, history: Sequence[Event]) -> None:
+    def _end_trajectory(self, event: Event) -> None:
         key, state = event["trajectory"], event["state"]
         run = self._run(key, "trajectory", key, self.top)
         run.wanted = "FAILED" if state in ("diverged", "failed") else "FINISHED"
         space = self._space.with_changes(event["changes"])
-        run.params = _known(_pick(event, "penalty", "seed")) | event["changes"]
+        run.params = _known(_pick(event, "penalty", "seed")) | masked(event["changes"])
         run.params["learning_rate"] = space.training.learning_rate
         run.params["method"] = event["method"]
-        run.measure(_pick(event, "epochs", "seconds"), place=len(history))
+        run.measure(_pick(event, "epochs", "seconds"), place=self._place("trajectory", key))
         run.tags |= {f"raytickets.ratio_{r}": s for r, s in event["ratios"].items()}
         run.tags |= {"raytickets.state": state, "mlflow.note.content": event["reason"]}
-        tickets = {
-            e["ticket"]: e for e in history if e["event"] == "ticket" and e["trajectory"] == key
-        }
+        drawn = [e for e in self._history if e["event"] == "ticket" and e["trajectory"] == key]
+        tickets = {e["ticket"]: e for e in drawn}
+        checks = list(self._checks.get(key, {}).values())
+        if state != "failed":  # Its next try may go on from here.
+            self._checks.pop(key, None)
         if run.status == "FINISHED":
             return
         for one in (run, *(self.all[ticket] for ticket in tickets)):
             self._explain(one, space)
-        self._draw_distances(event, tickets, space, history)
+        self._draw_distances(event, tickets, space, checks)
 
     def _draw_distances(
         self,
         event: Event,
         tickets: Mapping[str, Event],
         space: SearchSpace,
-        history: Sequence[Event],
+        checks: Sequence[Event],
     ) -> None:
         key, rule = event["trajectory"], space.stop_rule
-        mine = [e for e in history if e["event"] == "check" and e["trajectory"] == key]
-        checks = list({check["check"]: check for check in mine}.values())
         draws = {
             f"{ticket['prune_ratio']:g}": ticket["draw_epoch"]
             for ticket in tickets.values()
@@ -261,8 +316,8 @@ class Runs:
         run.params["network"] = self._space.network.name
         return run
 
-    def _end_retraining(self, event: Event, place: int) -> None:
-        run = self._retraining(event["run"])
+    def _end_retraining(self, event: Event) -> None:
+        run, place = self._retraining(event["run"]), self._place("retrained", event["run"])
         run.wanted = "FINISHED"
         facts = ("test_accuracy", "train_macs", "seconds", "num_workers")
         run.measure(_pick(event, *facts), place=place)
@@ -271,7 +326,9 @@ class Runs:
             if run.status != "FINISHED":
                 self._explain(run, self._space)
         if event["path"]:
-            run.tags["raytickets.retrained_path"] = str(self._folder / event["path"])
+            run.tags["raytickets.retrained_path"] = masked(
+                storage.address(self._folder / event["path"])
+            )
         if event["run"] in self._searches and "ledger" in event:  # Retraining by hand has none.
             run.measure(_pick(event, "latency_ms", "relative_latency"), place=place)
             _count(run, "train", event["ledger"], place)
@@ -285,12 +342,25 @@ class Runs:
 
     def _explain(self, run: Run, space: SearchSpace) -> None:
         """What it takes, with the seed among the params, to get the same again."""
-        run.files["space.json"] = space.as_dict()
+        run.files["space.json"] = masked(space.as_dict())
         run.tags["raytickets.fingerprint"] = space.fingerprint
         run.tags["raytickets.versions"] = json.dumps(self._opening["versions"])
 
     def _run(self, key: str, kind: str, name: str, parent: str = "") -> Run:
         return self.all.setdefault(key, Run(kind, name, parent))
+
+
+def masked(value: Any) -> Any:
+    """The same without the passwords of the URLs in it; `${NAME}` is none."""
+    if isinstance(value, Mapping):
+        return {key: masked(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [masked(entry) for entry in value]
+    if not isinstance(value, str):
+        return value
+    value = re.sub(r"(://[^\s/:@]*):(?!\$\{\w+\}@)\S*@", r"\1:***@", value)
+    value = re.sub(r"(https?://)[^\s/@]+@", r"\1***@", value)  # A token may stand for a user.
+    return re.sub(r"((?:password|token|secret)=)[^&\s]+", r"\1***", value)
 
 
 def _count(run: Run, stage: str, ledger: Event, place: int = 0) -> None:
@@ -305,15 +375,6 @@ def _show_table(run: Run, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
     data = [[_short(value) for value in row.values()] for row in rows]
     run.files[name] = {"columns": list(rows[0]), "data": data}
     run.tags["mlflow.loggedArtifacts"] = json.dumps([{"path": name, "type": "table"}])
-
-
-def _page(figures: Mapping[str, Any]) -> str:
-    """Plotly's figures below each other, with its code, so that they show without a network."""
-    parts = [
-        figure.to_html(full_html=False, include_plotlyjs=place == 0, default_height="480px")
-        for place, figure in enumerate(figures.values())
-    ]
-    return "\n".join(["<!doctype html>", '<meta charset="utf-8">', *parts])
 
 
 def _pick(event: Event, *keys: str) -> dict[str, Any]:

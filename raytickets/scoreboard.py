@@ -11,7 +11,16 @@ from rich.text import Text
 from raytickets import paper
 from raytickets.comparison import source_count
 from raytickets.config import SearchSpace
-from raytickets.console import Display, distance_text, epoch_text, plain_table, short_text
+from raytickets.console import (
+    Display,
+    distance_text,
+    epoch_text,
+    lost_lines,
+    plain_table,
+    report_table,
+    retry_line,
+    short_text,
+)
 from raytickets.journal import Event
 
 Row = Mapping[str, Any]
@@ -31,6 +40,7 @@ class Scoreboard(Display):
         self._sources: dict[str, dict[str, Any]] = {}
         self._tickets: dict[str, Event] = {}
         self._retraining: dict[str, Event] = {}
+        self._retries: dict[str, Event] = {}
 
     def _take(self, event: Event) -> None:
         kind = event["event"]
@@ -45,6 +55,8 @@ class Scoreboard(Display):
             self._tickets[event["ticket"]] = event
         elif kind in ("epoch", "retrained"):
             self._retraining[event["run"]] = self._retraining.get(event["run"], {}) | event
+        elif kind == "retry":
+            self._retries[event.get("trajectory") or event["run"]] = event
 
     def _line(self, event: Event) -> str | None:
         match event["event"]:
@@ -62,6 +74,8 @@ class Scoreboard(Display):
             case "trajectory":
                 reason = f" ({event['reason']})" if event["reason"] else ""
                 return f"{event['trajectory']}  {event['state']}{reason}"
+            case "retry":
+                return retry_line(event)
             case "epoch":
                 return (
                     f"retraining {self._name(event['run'])}"
@@ -116,6 +130,7 @@ class Scoreboard(Display):
         ended, planned = len(self._sources) - len(running), source_count(self._opening)
         parts.append(Text(f"{ended} of {planned} sources of tickets have ended."))
         parts += [Text(f"{e['trajectory']} {e['state']}: {e['reason']}") for e in failed]
+        parts += [Text(retry_line(event)) for event in self._retries.values()]
         return Group(*parts, "")
 
     def _running(self, running: Mapping[str, Event]) -> Table:
@@ -158,6 +173,11 @@ class Scoreboard(Display):
             " found so far are retrained."
         )
         return Group(table, Text(note))
+
+
+def table_of(report: Row) -> Group:
+    """The table of a sweep's report, or of a comparison's."""
+    return comparison_table(report) if report["kind"] == "comparison" else report_table(report)
 
 
 def comparison_table(report: Row) -> Group:
@@ -298,6 +318,7 @@ def _missing(report: Row) -> list[str]:
             lines.append(f"{name}: {row['not_drawn']} of {planned} seeds did not draw a ticket.")
         if owed := planned - row["n"] - row["not_drawn"]:
             lines.append(f"{name}: {owed} of {planned} seeds are not done.")
+    lines += lost_lines(report)
     return [*lines, *(f"Failed: {reason}" for reason in report["failures"])]
 
 

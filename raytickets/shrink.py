@@ -69,18 +69,20 @@ def channel_groups(network: nn.Module, example: Tensor) -> tuple[ChannelGroup, .
     """The channel groups of a network, in the order of its modules.
 
     example is one batch of images the network takes, float [N, C, H, W]; the network itself is
-    left as it was. Channels stay out of all groups, and so are never removed, where no
-    BatchNorm2d with a scale covers them, where they are the network's output, and where they
-    reach anything but Conv2d, Linear and BatchNorm2d modules that has a width of its own. Raises
-    `UnsupportedNetwork` if torch-pruning cannot follow the channels or finds none to remove.
+    left as it was, and may be on the meta device. Channels stay out of all groups, and so are
+    never removed, where no BatchNorm2d with a scale covers them, where they are the network's
+    output, and where they reach anything but Conv2d, Linear and BatchNorm2d modules that has a
+    width of its own. Raises `UnsupportedNetwork` if torch-pruning cannot follow the
+    channels or finds none to remove.
     """
     # The copy is what tracing leaves in eval mode, and frozen parameters would hide their modules.
-    traced = copy.deepcopy(network).cpu().requires_grad_(True)
+    device = "meta" if any(weight.is_meta for weight in network.parameters()) else "cpu"
+    traced = copy.deepcopy(network).to(device).requires_grad_(True)
     try:
         with torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             graph = torch_pruning.DependencyGraph().build_dependency(
-                traced, example[:1].cpu(), forward_fn=lambda model, images: model(images)
+                traced, example[:1].to(device), forward_fn=lambda model, images: model(images)
             )
             flows = _trace_flows(traced, graph)
     except Exception as error:

@@ -83,7 +83,8 @@ def _run(spec: str, code: Callable[[], object]):
     except InputError:
         raise
     except SyntaxError as error:
-        allowed = f"syntax error in line {error.lineno} of {error.filename}: {error.msg}"
+        where = f" in line {error.lineno} of {error.filename}" if error.lineno else ""
+        allowed = f"syntax error{where}: {error.msg}"
         raise InputError("space", spec, allowed) from error
     except (Exception, SystemExit) as error:
         frames = traceback.extract_tb(error.__traceback__)

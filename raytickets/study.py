@@ -1,9 +1,10 @@
 """Optuna, which proposes trajectories in place of the grid; the only module that knows it.
 
-Everything is kept in a study: a file in the sweep's folder, or in the database that the space
-names. There the next sweep of the same space goes on with it and proposes from all that was found
-before, so only one at a time should run. With one trial at a time the same seed proposes the same
-points; with several, proposals depend on which trajectory ended first.
+Everything is kept in a study: a file in the sweep's folder, one beside the sweeps of a series, or
+the database that the space names. In the last two the next sweep of the same space goes on with it
+and proposes from all that was found before, so only one at a time should run. With one trial at a
+time the same seed proposes the same points; with several, proposals depend on which trajectory
+ended first.
 """
 
 import hashlib
@@ -22,10 +23,11 @@ from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.storages import RDBStorage
 from optuna.trial import BaseTrial, TrialState
 
+from raytickets import storage
 from raytickets.config import InputError, Range, SearchSpace
 from raytickets.config import Optuna as Settings
 from raytickets.halving import hypervolume
-from raytickets.journal import Event, read_journal
+from raytickets.journal import NAME, Event, read_journal
 from raytickets.trajectory import Point
 
 if TYPE_CHECKING:
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 FILE = "study.db"
-"""The study's file in the sweep's folder, if the space names no database."""
+"""The study's file in the sweep's folder, `<series>.study.db` beside the sweeps of a series."""
 DIRECTIONS = {"hypervolume": ("maximize",), "pareto": ("maximize", "minimize")}
 
 
@@ -65,10 +67,21 @@ def study_name(space: SearchSpace, data: str) -> str:
     return f"raytickets/{space.name}-{hashlib.sha256(canonical.encode()).hexdigest()[:12]}"
 
 
+def file_of(sweep: Path, opening: Event) -> Path:
+    """The study's file if the space names no database; the sweeps of a series have one."""
+    series = opening.get("series")
+    return sweep.parent / f"{series}.{FILE}" if series else sweep / FILE
+
+
+def _file(sweep: Path) -> Path:
+    events = read_journal(sweep) if (sweep / NAME).exists() else []
+    return file_of(sweep, events[0] if events else {})
+
+
 def open_storage(space: SearchSpace, sweep: Path) -> RDBStorage:
     """The database, with its tables; InputError if it cannot be used."""
     given = settings(space).storage
-    url = _with_secrets(given) if given else f"sqlite:///{sweep / FILE}"
+    url = _with_secrets(given) if given else f"sqlite:///{storage.fetch(_file(sweep))}"
     # A server that does not answer is waited for by minutes, and one closes what was idle for long.
     patience = {"sqlite": {"timeout": 60}, "postgresql": {"connect_timeout": 10}}
     connect = patience.get(re.split(r"\W", url)[0], {})
@@ -141,11 +154,21 @@ def outcome(space: SearchSpace, dense_macs: int, events: Iterable[Event]) -> lis
     return list(best) if best else None
 
 
+def ask(study: optuna.Study, space: SearchSpace) -> Point:
+    """The point of a new trial, which the study takes for running until it is settled."""
+    return propose(space, study.ask())
+
+
 def settle(
-    study: optuna.Study, space: SearchSpace, events: list[Event], numbers: set[int] | None = None
+    study: optuna.Study,
+    space: SearchSpace,
+    events: list[Event],
+    checkpoints: Path,
+    numbers: set[int] | None = None,
 ) -> None:
     """Tell the study of trials that it takes for running: what the journal has of them, or failed.
 
+    One that has not ended and has a folder in `checkpoints` stays, for it can be gone on with.
     `numbers` are the trials it may be of; None is all.
     """
     dense_macs = events[0]["dense"]["macs"]
@@ -153,17 +176,28 @@ def settle(
         if numbers is None or trial.number in numbers:
             mine = [event for event in events if _number(event) == trial.number]
             ended = any(event["event"] == "trajectory" for event in mine)
-            values = outcome(space, dense_macs, mine) if ended else None
-            state = TrialState.FAIL if values is None else TrialState.COMPLETE
-            study.tell(trial.number, values, state)
+            if ended or not any(checkpoints.glob(f"trial{trial.number}-*")):
+                values = outcome(space, dense_macs, mine) if ended else None
+                state = TrialState.FAIL if values is None else TrialState.COMPLETE
+                study.tell(trial.number, values, state)
+
+
+def running(study: optuna.Study, space: SearchSpace) -> list[Point]:
+    """Points of the trials that the study takes for running."""
+    trials = study.get_trials(deepcopy=False, states=[TrialState.RUNNING])
+    return [propose(space, trial) for trial in trials]
 
 
 def cut_off(study: optuna.Study, space: SearchSpace, events: list[Event]) -> list[Point]:
-    """Points of the journal's trajectories that have begun and not ended."""
+    """Points of the journal's trajectories that have begun, not ended and are no longer running."""
     begun = {_number(event) for event in events if event["event"] == "check"}
     ended = {_number(event) for event in events if event["event"] == "trajectory"}
     trials = study.get_trials(deepcopy=False)
-    return [propose(space, trial) for trial in trials if trial.number in begun - ended]
+    return [
+        propose(space, trial)
+        for trial in trials
+        if trial.number in begun - ended and trial.state != TrialState.RUNNING
+    ]
 
 
 def point(event: Event) -> Point:
@@ -179,7 +213,7 @@ def _number(event: Event) -> int | None:
 
 def figures(space: SearchSpace, sweep: Path) -> dict[str, "Figure"]:
     """Optuna's own figures of the sweep's study by name; none before two trials are complete."""
-    if space.optuna is None or not (space.optuna.storage or (sweep / FILE).exists()):
+    if space.optuna is None or not (space.optuna.storage or _file(sweep).exists()):
         return {}
     name = study_name(space, read_journal(sweep)[0]["data"]["fingerprint"])
     study = open_study(space, open_storage(space, sweep), name)

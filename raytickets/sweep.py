@@ -1,24 +1,34 @@
 """A sweep or a comparison on disk: its folder, its journal and the report made from them."""
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raytickets import comparison
+from raytickets import comparison, storage
 from raytickets.config import InputError, SearchSpace
 from raytickets.halving import proved
 from raytickets.journal import Event, read_journal
+
+
+def place(given: str | Path) -> Path:
+    """The local copy of an address, any other path as it is."""
+    return storage.local(given) if re.match(r"[A-Za-z][\w+.-]*:/", str(given)) else Path(given)
 
 
 @dataclass(frozen=True)
 class Sweep:
     """Everything one `raytickets search` or `raytickets compare` found, in one folder.
 
-    The folder holds `journal.jsonl`, `tickets/<id>/`, `retrained/<id>/` and Ray's own files.
+    The folder holds `journal.jsonl`, `tickets/<id>/`, `retrained/<id>/` and Ray's own files. Of one
+    that is kept at an address, as `Sweep("s3://bucket/sweeps/first")`, it is the local copy.
     """
 
     path: Path
+
+    def __post_init__(self):
+        object.__setattr__(self, "path", place(self.path))
 
     @property
     def name(self) -> str:
@@ -30,15 +40,18 @@ class Sweep:
             return read_journal(self.path)
         except OSError as error:
             allowed = "must be the folder of a sweep, which holds journal.jsonl"
-            raise InputError("sweep", str(self.path), allowed) from error
+            raise InputError("sweep", storage.address(self.path), allowed) from error
         except ValueError as error:
-            raise InputError("sweep", str(self.path), f"its journal is damaged: {error}") from error
+            allowed = f"its journal is damaged: {error}; the command that began it mends it"
+            raise InputError("sweep", storage.address(self.path), allowed) from error
 
     def opening(self) -> Event:
         """The journal's `sweep` or `comparison` event; InputError if there is none."""
         for event in self.events():
             return event
-        raise InputError("sweep", str(self.path), "its journal is empty: it never began")
+        raise InputError(
+            "sweep", storage.address(self.path), "its journal is empty: it never began"
+        )
 
     def space(self) -> SearchSpace:
         """The search space as it was when the sweep began."""
@@ -54,11 +67,16 @@ class Sweep:
     def report(self) -> dict[str, Any]:
         """What was found and what it cost, as plain JSON values.
 
-        Of a comparison it is what `raytickets.comparison.report` documents, of a sweep this:
-        `kind` ("sweep"), `name`, `space`, `state` (done, failed or unfinished), `dense` and
-        `winners` (rows), `tickets` (see `halving.proved`), `trajectories` (every `trajectory`
-        event), `search_macs` (training of all trajectories and proofs), `sweep_cost` (all training
-        of the sweep, without the reference's own, relative to the reference's), and what
+        `state` is done, failed, interrupted, or unfinished: it runs, or its driver was killed.
+        `interrupted` names the trajectories (or sources of tickets) that have begun and not ended,
+        once the sweep has; `retries` says how often each trajectory or retraining was run again
+        because its worker was lost. The rest is of a comparison what `raytickets.comparison.report`
+        documents, of a sweep this:
+
+        `kind` ("sweep"), `name`, `space`, `dense` and `winners` (rows), `tickets` (see
+        `halving.proved`), `trajectories` (every `trajectory` event), `search_macs` (training of all
+        trajectories and proofs), `sweep_cost` (all training of the sweep, without the reference's
+        own, relative to the reference's), and what
         `sweep_cost` would have been with a trajectory for each prune ratio, which would draw the
         same tickets at the same checks (`without_sharing`), and with every ticket retrained and
         none proved (`without_halving`). `proof_correlation` says how well proofs foretold
@@ -72,13 +90,12 @@ class Sweep:
         """
         opening, events = self.opening(), self.events()
         if opening["event"] == "comparison":
-            return comparison.report(events)
+            return comparison.report(events) | {"state": _state(events)} | _lost(events)
         tickets = {e["ticket"]: e for e in proved(events)}
         trajectories = {e["trajectory"]: e for e in select(events, "trajectory")}
         # The sweep's own retraining, not what `raytickets retrain` did later by another recipe.
         retrained = {e["run"]: e for e in reversed(select(events, "retrained"))}
         winners = [id for e in select(events, "winners")[-1:] for id in e["tickets"]]
-        endings = select(events, "end")
 
         shared_macs = sum(e["train_macs"] for e in trajectories.values())
         proof_macs = sum(e["proof_macs"] for e in tickets.values())
@@ -116,11 +133,12 @@ class Sweep:
             "kind": "sweep",
             "name": opening["name"],
             "space": opening["space"]["name"],
-            "state": endings[-1]["state"] if endings else "unfinished",
+            "state": _state(events),
             "dense": row("dense"),
             "winners": [row(run) for run in winners],
             "tickets": list(tickets.values()),
             "trajectories": list(trajectories.values()),
+            **_lost(events),
             "search_macs": search_macs,
             "sweep_cost": relative(search_macs + own),
             "without_sharing": relative(unshared + proof_macs + own),
@@ -133,6 +151,62 @@ class Sweep:
                 ]
             ),
         }
+
+
+def _state(events: Iterable[Event]) -> str:
+    """How the last run ended; unfinished if one goes on, or did until its driver was killed."""
+    state = "unfinished"
+    for event in events:
+        if event["event"] == "end":
+            state = event["state"]
+        elif event["event"] in ("check", "proof", "winners"):
+            state = "unfinished"
+    return state
+
+
+def _lost(events: Iterable[Event]) -> dict[str, Any]:
+    """What was cut off, or lost a worker: a part of the report."""
+    events = list(events)
+    ended = _state(events) != "unfinished"
+    retries: dict[str, int] = {}
+    for event in select(events, "retry"):
+        who = event.get("trajectory") or event["run"]
+        retries[who] = retries.get(who, 0) + 1
+    return {"interrupted": [*_begun(events)] if ended else [], "retries": retries}
+
+
+def _begun(events: Iterable[Event]) -> dict[str, float]:
+    """Trajectories that have not ended and the epoch of the last check of each."""
+    begun = {}
+    for event in events:
+        if event["event"] == "check":
+            begun[event["trajectory"]] = event["epoch"]
+        elif event["event"] == "trajectory":
+            begun.pop(event["trajectory"], None)
+    return begun
+
+
+def standing(events: Sequence[Event]) -> str:
+    """What a sweep that goes on has done already, as a line; nothing if it only began."""
+    if len(events) < 2:
+        return ""
+    states = {e["trajectory"]: e["state"] for e in select(events, "trajectory")}
+    begun = _begun(events)
+    failed = [name for name, state in states.items() if state == "failed" and name not in begun]
+    counts = {
+        "trajectories ended": len(states.keys() - begun.keys() - {*failed}),
+        "tickets": len({event["ticket"] for event in select(events, "ticket")}),
+        "networks retrained": len({event["run"] for event in select(events, "retrained")}),
+    }
+    line = "found here: " + ", ".join(f"{count} {what}" for what, count in counts.items())
+    parts = [f"{name} was at epoch {epoch:.4g}" for name, epoch in begun.items()]
+    parts += [f"{name} failed" for name in failed]
+    shown = "; ".join(parts[:_SHOWN]) + (f"; {len(parts) - _SHOWN} more" * (len(parts) > _SHOWN))
+    return f"{line}; to go on: {shown}" if parts else line
+
+
+_SHOWN = 5
+"""How many trajectories a line names."""
 
 
 def _unshared_macs(

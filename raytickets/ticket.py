@@ -1,32 +1,48 @@
 """Tickets on disk: weights as safetensors, everything else as a JSON manifest, checksummed."""
 
+import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
+import stat
 import tempfile
-from collections.abc import Mapping, Sequence
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from raytickets import storage
 from raytickets.config import InputError, Network
+from raytickets.manifest import LARGEST, SCHEMA, WEIGHTS, parse
 from raytickets.masks import from_text, to_text
 from raytickets.models import build_network
-from raytickets.shrink import ChannelGroup, channel_groups, shrink
+from raytickets.shrink import ChannelGroup, UnsupportedNetwork, channel_groups, shrink
 
-SCHEMA = 1
-WEIGHTS = "ticket.safetensors"
 MANIFEST = "manifest.json"
+
+_MOST_WEIGHTS = 2**30
+"""Of a network before it is shrunk; torchvision's largest has 0.65e9."""
+
+_DAY = 86_400
 
 
 class DamagedTicket(ValueError):
     """A ticket's files are missing, incomplete or not what its manifest says."""
+
+    def __str__(self) -> str:
+        """One printable line, whatever the files hold."""
+        text = ": ".join(map(str, self.args))
+        return "".join(char if char.isprintable() else "?" for char in text)[:600]
 
 
 @dataclass(frozen=True)
@@ -61,35 +77,93 @@ class Ticket:
     def network(self) -> nn.Module:
         """The shrunk network with the ticket's weights, float32 on the CPU, in eval mode.
 
-        Raises InputError if the network is the user's own code and the ticket was loaded without
-        `trust_code`, DamagedTicket if weights and mask do not fit the network.
+        No memory is taken but for these weights, and names, shapes and dtypes have to be those of
+        the network. Raises InputError if the network cannot be built, or is the user's own code
+        and the ticket was loaded without `trust_code`; DamagedTicket if weights and mask do not
+        fit it.
         """
-        network = self.fresh_network(seed=0)
         try:
-            network.load_state_dict(safetensors.torch.load_file(self.path / WEIGHTS))
-        except (RuntimeError, safetensors.SafetensorError) as error:
+            # A copy: the file's own pages would follow what becomes of the file.
+            found = safetensors.torch.load_file(self.path / WEIGHTS)
+            weights = {name: tensor.clone() for name, tensor in found.items()}
+        except (OSError, safetensors.SafetensorError) as error:
             raise DamagedTicket(f"{self.path}: {error}") from error
+        for name, tensor in weights.items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise DamagedTicket(f"{self.path}: a weight of {name} is not finite")
+        own_code = ":" in self.manifest["network"]["name"]
+        # The user's own code may compute with its weights while it makes them.
+        with contextlib.nullcontext() if own_code else _unallocated(2 * len(weights) + 100):
+            dense = self._dense(seed=0)
+        buffers = {name: buffer.clone() for name, buffer in dense.named_buffers()}
+        network = self._shrunk(dense if own_code else dense.to("meta"))
+        expected = {name: (t.shape, t.dtype) for name, t in network.state_dict().items()}
+        if {name: (t.shape, t.dtype) for name, t in weights.items()} != expected:
+            raise DamagedTicket(f"{self.path}: its weights are not those of the masked network")
+        network.load_state_dict(weights, assign=True)
+        for name in buffers.keys() - expected.keys():  # those that a network makes for itself
+            module, _, buffer = name.rpartition(".")
+            setattr(network.get_submodule(module), buffer, buffers[name])
         return network.eval()
 
     def fresh_network(self, seed: int) -> nn.Module:
-        """The same shrunk shape with new weights drawn from the seed; errors as `network`."""
+        """The same shrunk shape with new weights drawn from the seed; errors as `network`.
+
+        The network is built whole and then shrunk.
+        """
+        self.network()  # which refuses one that is not what the weights say before it is built
+        return self._shrunk(self._dense(seed))
+
+    def _dense(self, seed: int) -> nn.Module:
         spec = self.manifest["network"]
         if ":" in spec["name"] and not self.trust_code:
             allowed = "this ticket's network is code of its own: load it with trust_code=True"
             raise InputError("network.name", spec["name"], allowed)
-        dense = build_network(
+        return build_network(
             Network(spec["name"], spec["options"]),
             in_channels=spec["in_channels"],
             num_classes=spec["num_classes"],
             seed=seed,
         )
-        example = torch.zeros(1, spec["in_channels"], spec["image_size"], spec["image_size"])
-        groups = channel_groups(dense, example)
+
+    def _shrunk(self, dense: nn.Module) -> nn.Module:
+        spec = self.manifest["network"]
+        size, device = spec["image_size"], next(dense.parameters()).device
+        example = torch.zeros(1, spec["in_channels"], size, size, device=device)
+        try:
+            groups = channel_groups(dense, example)
+        except UnsupportedNetwork as error:
+            raise DamagedTicket(f"{self.path}: {spec['name']}: {error}") from error
         expected = [(group.name, group.width) for group in groups]
         found = [(group["name"], len(group["mask"])) for group in self.manifest["groups"]]
         if found != expected:
             raise DamagedTicket(f"{self.path}: its channel groups are not those of {spec['name']}")
         return shrink(dense, groups, self.mask)
+
+
+@contextlib.contextmanager
+def _unallocated(most: int) -> Iterator[None]:
+    """Networks built here by this thread have no weights, only their shapes.
+
+    Raises DamagedTicket where one registers more than `most` parameters, or has more than
+    `_MOST_WEIGHTS` elements in them: memory that nothing was written to has not been taken yet.
+    """
+    thread, count, elements = threading.get_ident(), 0, 0
+
+    def forget(module: nn.Module, name: str, weight: nn.Parameter | None) -> Any:  # noqa: ARG001
+        nonlocal count, elements
+        if weight is None or threading.get_ident() != thread:
+            return None
+        count, elements = count + 1, elements + weight.numel()
+        if count > most or elements > _MOST_WEIGHTS:
+            raise DamagedTicket("the network is far larger than its weights")
+        return nn.Parameter(weight.detach().to("meta"), weight.requires_grad)
+
+    hook = register_module_parameter_registration_hook(forget)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def group_masks(
@@ -126,9 +200,11 @@ def save_ticket(folder: Path, network: nn.Module, manifest: Mapping[str, Any]) -
     """Write a ticket to `folder/<id>/`, whole or not at all.
 
     `manifest` is everything but `schema`, `id` and `files`. The id is a checksum over the manifest
-    and so over the weights: the same ticket has the same id wherever it is found.
+    and so over the weights: the same ticket has the same id wherever it is found. Raises ValueError
+    for a manifest that `load_ticket` would refuse.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(folder)
     scratch = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
     try:
         weights = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
@@ -139,21 +215,35 @@ def save_ticket(folder: Path, network: nn.Module, manifest: Mapping[str, Any]) -
             "files": {WEIGHTS: _sha256(scratch / WEIGHTS)},
         }
         complete = {"id": _id(complete), **complete}
-        (scratch / MANIFEST).write_text(json.dumps(complete, indent=1) + "\n", encoding="utf-8")
+        text = json.dumps(complete, indent=1) + "\n"
+        parse(text.encode())
+        (scratch / MANIFEST).write_text(text, encoding="utf-8")
         for path in (scratch / WEIGHTS, scratch / MANIFEST, scratch):
             _sync(path)
         scratch.chmod(0o755)
         target = folder / complete["id"]
         if target.exists():
             try:
-                return load_ticket(target)
+                found = load_ticket(target)
             except DamagedTicket:
                 shutil.rmtree(target)
+            else:
+                storage.keep(target)
+                return found
         scratch.rename(target)
         _sync(folder)
+        storage.keep(target)
         return Ticket(target, complete)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what writers that were killed left; what is young may be another's at work."""
+    for path in folder.glob(".writing-*"):
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_mtime < time.time() - _DAY:
+                shutil.rmtree(path)
 
 
 def save_retrained(
@@ -172,26 +262,58 @@ def save_retrained(
 
 
 def load_ticket(path: str | Path, *, trust_code: bool = False) -> Ticket:
-    """Open the ticket in a folder and verify its checksums.
+    """Open the ticket in a folder, or at an address, and verify its fields and checksums.
 
-    `trust_code` allows a ticket whose network is the user's own function to import it. Raises
-    DamagedTicket if anything is missing or altered.
+    It may come from a stranger: only its two files are read, after their sizes and kinds are known
+    to be right, and nothing in them is run. `trust_code` allows a ticket whose network is the
+    user's own function to import it. Raises DamagedTicket if anything is missing, altered or
+    beyond what a ticket holds, OSError if an address cannot be reached.
     """
-    path = Path(path)
+    path = storage.fetch(storage.local(path))
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        if manifest["schema"] != SCHEMA:
-            raise DamagedTicket(f"{path}: schema {manifest['schema']!r} is not {SCHEMA}")
+        names = {entry.name for entry in path.iterdir()}
+        if others := {name for name in names if name[0] != "."} - {MANIFEST, WEIGHTS}:
+            raise ValueError(f"it holds {min(others)!a}, which is none of a ticket's files")
+        with _opened(path / MANIFEST) as file:
+            manifest = parse(file.read(LARGEST + 1))
         claimed = {name: value for name, value in manifest.items() if name != "id"}
         if manifest["id"] != _id(claimed):
-            raise DamagedTicket(f"{path}: the manifest was altered after it was written")
+            raise ValueError("the manifest was altered after it was written")
+        with _opened(path / WEIGHTS) as file:
+            _check_header(file)
+        with safetensors.safe_open(path / WEIGHTS, framework="pt"):
+            pass  # It refuses offsets that overlap, leave holes or leave the file.
         if manifest["files"] != {WEIGHTS: _sha256(path / WEIGHTS)}:
-            raise DamagedTicket(f"{path}: {WEIGHTS} does not match its checksum")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, DamagedTicket):
-            raise
+            raise ValueError(f"{WEIGHTS} does not match its checksum")
+    except (OSError, ValueError, RecursionError, safetensors.SafetensorError) as error:
         raise DamagedTicket(f"{path}: not a whole ticket ({error})") from error
     return Ticket(path, manifest, trust_code)
+
+
+def ticket_folder(sweep: Path, place: object) -> Path:
+    """The folder of a ticket from the `path` of an event; DamagedTicket if it leaves the sweep."""
+    if not isinstance(place, str) or not re.fullmatch(r"(tickets|retrained)/[0-9a-f]{16}", place):
+        raise DamagedTicket(f"{sweep}: {place!a:.80} is not the place of a ticket in a sweep")
+    return sweep / place
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """A plain file: no link, which leads elsewhere, and no pipe, which nobody may write to."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with open(descriptor, "rb") as file:  # noqa: PTH123
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise ValueError(f"{path.name} is not a file")
+        yield file
+
+
+def _check_header(file: BinaryIO) -> None:
+    """Refuse weights whose header takes more memory, or which take more time, than a ticket's."""
+    header = int.from_bytes(file.read(8), "little")
+    if not 0 < header <= LARGEST:
+        raise ValueError(f"{WEIGHTS} is not one of safetensors")
+    if os.fstat(file.fileno()).st_size > header + 16 * _MOST_WEIGHTS:
+        raise ValueError(f"{WEIGHTS} is larger than any network's")
 
 
 def _id(manifest: Mapping[str, Any]) -> str:

@@ -1,74 +1,78 @@
-"""MLflow, fed from the journal's events in the driver; the only module that knows it.
+"""Tells MLflow of a journal's events, in the driver while it runs or later with `raytickets sync`.
 
 Each search space is an experiment; in it are the runs that `raytickets.runs` makes of a journal.
 """
 
-import os
 import shlex
 import threading
 import time
-import uuid
-from collections.abc import Sequence
-from itertools import zip_longest
+from collections import deque
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote, urlencode
 
-# By default MLflow retries a dead server for minutes, prints a line for every run, and reports to
-# its makers that it was used.
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "15")
-os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-
-from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunTag
-
+from raytickets import storage
 from raytickets.config import InputError
-from raytickets.journal import Event
-from raytickets.runs import Run, Runs
+from raytickets.journal import NAME, Event, read_journal
+from raytickets.runs import masked
+from raytickets.store import (
+    MlflowClient,
+    Store,
+    is_passing,
+    is_server,
+    one_line,
+    prepare_store,
+    recorded_uri,
+    resolve_uri,
+    without_user,
+)
+from raytickets.sweep import Sweep
 
 GATHER_S = 0.5
-"""How long events gather before they are sent together."""
-LONGEST_PAUSE_S = 60.0
-LAST_TRIES = 3
-TOKEN = "mlflow_id"
-"""File in the journal's folder that ties it to its runs: names may be used again."""
-SQLITE = "sqlite:///"
+"""How long events gather before they are sent together; longer where sending takes longer."""
+LONGEST_PAUSE_S = 15.0
+LAST_TRIES = 5
+"""How many tries without any progress end a delivery that is waited for."""
 
 
-def resolve_uri(uri: str | None = None) -> str:
-    """The MLflow store to use: `uri`, else MLFLOW_TRACKING_URI, else ./mlflow.db.
+class Undelivered(RuntimeError):
+    """MLflow has not got all of a journal; one line says why."""
 
-    The path of an SQLite file comes back absolute.
+
+@dataclass(frozen=True)
+class Delivery:
+    """What MLflow has of a sweep: all `events` of its journal, in so many `runs`."""
+
+    events: int
+    runs: int
+
+
+def sync(folder: Path, uri: str | None = None) -> Delivery:
+    """Deliver what MLflow has not got of a sweep's or comparison's journal, as often as you like.
+
+    Without `uri` it goes to the store that the sweep was recorded in, with the credentials of
+    MLFLOW_TRACKING_URI if that is the same store. Raises InputError on a folder without a whole
+    journal or a store that cannot be used, and Undelivered if the store does not take all.
     """
-    uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}mlflow.db"
-    if uri.startswith(SQLITE) and uri != SQLITE:
-        return f"{SQLITE}{Path(uri.removeprefix(SQLITE)).absolute()}"
-    return uri
-
-
-def prepare_store(uri: str) -> None:
-    """Create or open the store, before several processes would race to.
-
-    Raises InputError if it cannot be used; a server that does not answer takes 15 s to tell.
-    """
-    try:
-        database = _database(uri)
-        if database:
-            database.parent.mkdir(parents=True, exist_ok=True)
-            if not os.access(database if database.exists() else database.parent, os.W_OK):
-                raise PermissionError(f"no permission to write {database}")
-        MlflowClient(uri).search_experiments(max_results=1)
-    except Exception as error:  # MLflow lets those of SQLAlchemy, requests and the system through.
-        raise InputError("tracking_uri", uri, _one_line(error)) from error
+    storage.fetch_journal(folder / NAME)
+    events = Sweep(folder).events()
+    if not events:
+        raise InputError("sweep", str(folder), "its journal is empty: it never began")
+    uri = resolve_uri(uri or recorded_uri(folder))
+    prepare_store(uri)
+    tracker = Tracker(uri, folder)
+    for event in events:
+        tracker.write(event)
+    if owed := tracker.close(None):
+        raise Undelivered(owed)
+    return Delivery(len(events), tracker.runs)
 
 
 def ui_command(uri: str) -> str:
     """What shows the runs: a shell command for a local store, a server's own address."""
-    if _is_server(uri):
-        return uri
-    return f"mlflow ui --backend-store-uri {shlex.quote(uri)}"
+    if is_server(uri):
+        return without_user(uri)
+    return f"mlflow ui --backend-store-uri {shlex.quote(masked(uri))}"
 
 
 def tickets_address(uri: str, space: str, kind: str, name: str) -> str:
@@ -88,7 +92,7 @@ def tickets_address(uri: str, space: str, kind: str, name: str) -> str:
         "orderByAsc": "false",
         "compareRunsMode": "CHART",
     }
-    server = uri.rstrip("/") if _is_server(uri) else "http://127.0.0.1:5000"
+    server = without_user(uri).rstrip("/") if is_server(uri) else "http://127.0.0.1:5000"
     return f"{server}/#/{page}?{urlencode(query, quote_via=quote)}"
 
 
@@ -96,168 +100,79 @@ class Tracker:
     """Sends events to MLflow from a thread of its own; nothing waits for it or fails by it.
 
     What goes on after its driver died writes its whole journal again: what MLflow has already is
-    found and not doubled. While the store cannot be reached, events wait.
+    found and not doubled. While the store does not answer, events are owed, and it is tried again
+    after pauses that double up to `LONGEST_PAUSE_S`.
     """
 
     def __init__(self, uri: str, folder: Path):
-        self._store = _Store(uri, folder)
-        self._events: list[Event] = []
-        self._sent = 0
+        self._folder = folder
+        self._store = Store(uri, folder)
+        self._waiting: deque[Event] = deque()
+        self._taken = self._sent = 0
         self._reason = "it took too long"
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._send, name="mlflow", daemon=True)
         self._thread.start()
 
-    def write(self, event: Event) -> None:
-        self._events.append(event)
+    @property
+    def runs(self) -> int:
+        """How many runs there are."""
+        return len(self._store.runs.all) if self._store.runs else 0
 
-    def close(self, timeout_s: float = 120) -> str | None:
-        """Wait for delivery; a line about what could not be delivered, None if all was."""
+    def write(self, event: Event) -> None:
+        """Events come in the order of the journal, and are in it already."""
+        self._waiting.append(event)
+
+    def close(self, timeout_s: float | None = 60) -> str | None:
+        """Wait for delivery, but not for a dead store; None waits while there is any progress.
+
+        Returns a line about what is owed and how to deliver it, None if nothing is.
+        """
         self._closing.set()
         self._thread.join(timeout_s)
-        owed = len(self._events) - self._sent
-        return f"{owed} events did not reach MLflow: {self._reason}" if owed else None
+        self._store.stopped.set()
+        owed = self._taken + len(self._waiting) - self._sent
+        if not owed:
+            return None
+        again = f"raytickets sync {shlex.quote(storage.address(self._folder))}"
+        return f"{owed} events did not reach MLflow ({self._reason}); deliver them with: {again}"
 
     def _send(self) -> None:
-        pause, last_tries = GATHER_S, LAST_TRIES
-        while last_tries:
-            closing = self._closing.wait(pause)
+        pause, failures, closing = GATHER_S, 0, False
+        while not self._store.stopped.is_set():
+            if not closing and (closing := self._closing.wait(pause)):
+                failures = min(failures, LAST_TRIES - 2)
+            calls, started = self._store.calls, time.monotonic()
             try:
-                # All at once: a journal written again then ends where MLflow has it already.
-                while self._sent < (count := len(self._events)):
-                    self._store.deliver(self._events[:count], self._sent)
-                    self._sent, pause = count, GATHER_S
+                self._deliver()
             except Exception as error:
-                self._reason = _one_line(error)
-                self._store.forget()
-                pause = min(2 * pause, LONGEST_PAUSE_S)
+                self._reason = one_line(error)
+                passing = is_passing(error)
+                self._store.look_again() if passing else self._store.forget()
+                if passing and self._store.calls > calls:
+                    pause, failures = GATHER_S, 0
+                else:
+                    pause, failures = min(2 * pause, LONGEST_PAUSE_S), failures + 1
+                if closing and failures >= LAST_TRIES:
+                    return
                 if closing:
-                    last_tries -= 1
                     time.sleep(GATHER_S)
             else:
                 if closing:
                     return
+                took = time.monotonic() - started
+                pause, failures = min(max(took, GATHER_S), LONGEST_PAUSE_S), 0
 
-
-class _Store:
-    """A journal's runs in MLflow; every delivery may be repeated."""
-
-    def __init__(self, uri: str, folder: Path):
-        self._uri, self._folder = uri, folder
-        token = folder / TOKEN
-        if not token.exists():
-            token.write_text(uuid.uuid4().hex, encoding="utf-8")
-        self._token = token.read_text(encoding="utf-8")
-        self.forget()
-
-    def forget(self) -> None:
-        """After a failure nobody knows what arrived: look again."""
-        self._runs: Runs | None = None
-
-    def deliver(self, history: Sequence[Event], start: int) -> None:
-        """Send `history[start:]`; what comes before was sent already."""
-        self._client = MlflowClient(self._uri)
-        opening = history[0]
-        if self._runs is None:
-            found = self._find(opening["space"]["name"])
-            self._runs, start = Runs(self._folder, opening, found), 0
-        runs = self._runs
-        for index in range(start, len(history)):
-            runs.add(history[index], history[: index + 1])
-        if {"winners", "retrained", "end"} & {event["event"] for event in history[start:]}:
-            runs.summarise(history)
-        for key, run in runs.all.items():
-            if not run.id:
-                parent = runs.all[run.parent].id if run.parent else ""
-                self._create(key, run, parent, opening)
-            self._flush(run)
-
-    def _find(self, space: str) -> dict[str, Run]:
-        """What MLflow has of this journal."""
-        experiment = self._client.get_experiment_by_name(f"raytickets/{space}")
-        if experiment is None:
-            database = _database(self._uri)
-            folder = database and (database.parent / "mlartifacts" / space).as_uri()
-            self._experiment = self._client.create_experiment(f"raytickets/{space}", folder)
-        else:
-            self._experiment = experiment.experiment_id
-            if experiment.lifecycle_stage == "deleted":
-                self._client.restore_experiment(self._experiment)
-        mine = f"tags.`raytickets.journal` = '{self._token}'"
-        found = self._client.search_runs([self._experiment], mine, max_results=50_000)
-        return {
-            run.data.tags["raytickets.run"]: Run(
-                kind=run.data.tags["raytickets.kind"],
-                name=run.info.run_name or "",
-                parent="",
-                id=run.info.run_id,
-                started=run.info.start_time,
-                status=run.info.status,
-                wanted=run.info.status,
-            )
-            for run in found
-        }
-
-    def _create(self, key: str, run: Run, parent: str, opening: Event) -> None:
-        tags = {
-            "raytickets.kind": run.kind,
-            "raytickets.run": key,
-            f"raytickets.{opening['event']}": opening["name"],
-            "raytickets.journal": self._token,
-        }
-        if parent:
-            tags["mlflow.parentRunId"] = parent
-        info = self._client.create_run(self._experiment, tags=tags, run_name=run.name).info
-        run.id, run.started, run.status = info.run_id, info.start_time, info.status
-
-    def _flush(self, run: Run) -> None:
-        for name, content in run.files.items():
-            if isinstance(content, Path):
-                self._client.log_artifacts(run.id, str(content), name)
-            elif isinstance(content, str):
-                self._client.log_text(run.id, content, name)
-            elif isinstance(content, dict):
-                self._client.log_dict(run.id, content, name)
-            else:
-                self._client.log_figure(run.id, content, name)
-        # MLflow keeps equal points once, so that an event may be sent again, and shows the latest:
-        # stamped by their step and the event's place in the journal, not by the time.
-        metrics = [
-            Metric(key, value, run.started + step + place, step)
-            for key, value, step, place in run.metrics
-        ]
-        params = [Param(key, str(value)[:500]) for key, value in run.params.items()]
-        tags = [RunTag(key, value) for key, value in run.tags.items()]
-        # The most that MLflow takes in one call: 100 params, 100 tags, 1,000 of everything.
-        parts = (_chunks(metrics, 800), _chunks(params, 100), _chunks(tags, 100))
-        for some_metrics, some_params, some_tags in zip_longest(*parts, fillvalue=()):
-            self._client.log_batch(run.id, some_metrics, some_params, some_tags)
-        if run.wanted == "RUNNING" and run.status != "RUNNING":
-            self._client.update_run(run.id, "RUNNING")
-        elif run.wanted != run.status:
-            self._client.set_terminated(run.id, run.wanted)
-        run.status = run.wanted
-        run.metrics, run.params, run.tags, run.files = [], {}, {}, {}
-
-
-def _chunks(items: Sequence, size: int) -> list[Sequence]:
-    return [items[start : start + size] for start in range(0, len(items), size)]
-
-
-def _is_server(uri: str) -> bool:
-    return uri.startswith(("http://", "https://"))
-
-
-def _database(uri: str) -> Path | None:
-    """The file of an SQLite store, None for any other store."""
-    if not uri.startswith("sqlite:"):
-        return None
-    if not uri.startswith(SQLITE) or uri == SQLITE:
-        raise ValueError(f"a file is missing: {SQLITE}<path>")
-    return Path(uri.removeprefix(SQLITE))
-
-
-def _one_line(error: Exception) -> str:
-    # The HTTP client wraps what happened in what it was doing, at length.
-    text = str(error).split("(Caused by ")[-1].strip()
-    return text.split("\n")[0][:300] or type(error).__name__
+    def _deliver(self) -> None:
+        while self._sent < self._taken + len(self._waiting):
+            if self._store.runs is None:
+                told = read_journal(self._folder)[: self._taken] if self._taken else []
+                self._store.open((told or self._waiting)[0])
+                self._store.add(told)
+            fresh = list(self._waiting)
+            self._store.add(fresh)
+            for _ in fresh:
+                self._waiting.popleft()
+            self._taken += len(fresh)
+            self._store.flush()
+            self._sent = self._taken

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
 
@@ -84,6 +84,17 @@ class SGD:
                 kept.copy_(round_at_random(exact, self._generator))
         for parameter in self.params:
             parameter.grad = None
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that `step` changes but the parameters, for `load`; not copied."""
+        velocity = {f"velocity.{place}": tensor for place, tensor in enumerate(self.velocity)}
+        return {**velocity, "rounding": self._generator.get_state()}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from the `state` of an optimizer of a network of the same shape."""
+        for place, velocity in enumerate(self.velocity):
+            velocity.copy_(state[f"velocity.{place}"])
+        self._generator.set_state(state["rounding"])
 
 
 def _widened(tensors: list[Tensor]) -> list[Tensor]:

@@ -1,29 +1,30 @@
 """One trajectory: dense training under a penalty that draws a ticket for every prune ratio."""
 
-import copy
 import dataclasses
+import hashlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from raytickets import cost
+from raytickets import checkpoint, cost
 from raytickets.batches import Batches
-from raytickets.config import SearchSpace, Training
+from raytickets.checkpoint import Checkpoint
+from raytickets.config import SearchSpace
 from raytickets.data import DataSet
-from raytickets.earlybird import MaskWindow, Verdict
+from raytickets.draw import Check, Setting, Trajectory, cut_groups, fine_tune, write_ticket
+from raytickets.earlybird import MaskWindow
 from raytickets.journal import Event
-from raytickets.masks import cut, widen
 from raytickets.models import build_network
-from raytickets.shrink import ChannelGroup, channel_groups, gammas, scorer, shrink
-from raytickets.ticket import group_masks, kept_channels, load_ticket, package_versions, save_ticket
-from raytickets.train import SGD, Numerics, accuracy, cosine, fit, numerics, seeded, train
+from raytickets.shrink import channel_groups, gammas, scorer, shrink
+from raytickets.ticket import DamagedTicket, load_ticket, package_versions
+from raytickets.train import SGD, accuracy, fit, numerics, seeded
 
 
 @dataclass(frozen=True)
@@ -46,25 +47,6 @@ class Point:
 def grid(space: SearchSpace) -> list[Point]:
     """Every trajectory of a sweep."""
     return [Point(penalty, seed) for seed in space.seeds for penalty in space.penalties]
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What all trajectories of a sweep have in common on one worker; none of them changes it."""
-
-    space: SearchSpace
-    sweep: Path
-    batches: Batches
-    groups: tuple[ChannelGroup, ...]
-    numerics: Numerics
-    dense_macs: int
-    proof_macs: int
-    """Training MACs of one epoch of the space's own network: what proofs count their budget in,
-    whatever network a point trains."""
-
-    @property
-    def dataset(self) -> DataSet:
-        return self.batches.dataset
 
 
 def prepare(
@@ -104,45 +86,18 @@ def dense_network(space: SearchSpace, dataset: DataSet, seed: int) -> nn.Module:
     )
 
 
-@dataclass(frozen=True)
-class Trajectory:
-    """What tickets are searched with: for a sweep, or for a method of a comparison."""
-
-    setting: Setting
-    id: str
-    method: str
-    penalty: float
-    seed: int
-    recipe: Training | None
-    """None where nothing is trained before retraining."""
-    prune_ratios: tuple[float, ...]
-    changes: Mapping[str, Any] = field(default_factory=dict)
-    started: float = field(default_factory=time.monotonic)
-
-
-@dataclass(frozen=True)
-class Check:
-    """One look at a network in training."""
-
-    number: int
-    epoch: float
-    loss: float
-    samples: int
-    """Trained on so far."""
-    validation_accuracy: float | None
-    """None within an epoch."""
-    scores: Tensor
-    verdicts: Mapping[float, Verdict]
-    """By prune ratio; none once the loss or a score is not finite."""
-    last: bool
-
-
 def run_trajectory(setting: Setting, point: Point) -> Iterator[list[Event]]:
     """Train until every prune ratio has drawn, the loss diverges, or the budget ends.
 
     Yields after every check the events it made (see `raytickets.journal`): the check itself and
     the tickets drawn at it, which are then on disk under `tickets` in the sweep's folder, and in
     the last list how the trajectory ended.
+
+    There is a checkpoint after every epoch under `checkpoints` in the sweep's folder. Started
+    again, it yields what it has yielded before, and goes on from the newest whole one that was made
+    by the same space, data, versions, threads and numerics; on a CPU it is then as if it had never
+    stopped, but for what a network keeps outside of parameters and buffers. If newer ones were
+    damaged it tells so first. Raises OSError if a checkpoint cannot be written.
     """
     setting = at_point(setting, point)
     space = setting.space
@@ -163,10 +118,11 @@ def run_trajectory(setting: Setting, point: Point) -> Iterator[list[Event]]:
             mask, chosen = cut_groups(setting, check.scores, ratio)
             shrunk = shrink(network, setting.groups, mask)
             event = write_ticket(trajectory, "early_bird", ratio, shrunk, mask, chosen, check)
-            right, macs = _fine_tune(setting, shrunk, event["macs"], point.seed, rung=1)
+            right, macs = fine_tune(setting, shrunk, event["macs"], point.seed, rung=1)
             yield event | {"proof_accuracy": right, "proof_macs": macs}
 
-    yield from until_drawn(trajectory, network, converged, draw)
+    folder = setting.sweep / "checkpoints" / point.id
+    yield from until_drawn(trajectory, network, converged, draw, folder)
 
 
 def converged(check: Check, ratio: float) -> bool:
@@ -178,39 +134,153 @@ def until_drawn(
     network: nn.Module,
     due: Callable[[Check, float], bool],
     draw: Callable[[Check, Sequence[float]], Iterable[Event]],
+    folder: Path | None = None,
 ) -> Iterator[list[Event]]:
     """Train until every prune ratio was due once, and draw it then.
 
-    Yields after every check its event and those of `draw`, and in the last list how it ended.
+    Yields after every check its event and those of `draw`, and in the last list how it ended. With
+    a folder of checkpoints it goes on from them (see `run_trajectory`).
     """
-    window, epochs = mask_window(trajectory), []
+    learner, told, first, attempt = Learner(trajectory, network), [], 0, 0
     states = dict.fromkeys(trajectory.prune_ratios, "not converged")
-    for check in checks(trajectory, network, window):
-        epochs.append(check.epoch)
-        state, reason, events = "not converged", "", []
-        if check.verdicts:
-            events.append(_check_event(trajectory, check, states))
-            waiting = [ratio for ratio in trajectory.prune_ratios if states[ratio] != "drawn"]
-            drawn = [ratio for ratio in waiting if due(check, ratio)]
-            states |= dict.fromkeys(drawn, "drawn")
-            events += draw(check, drawn)
-            if set(states.values()) == {"drawn"}:
-                state = "drawn"
-        else:
-            state, reason = "diverged", diverged(check)
-            states = {ratio: "drawn" if s == "drawn" else state for ratio, s in states.items()}
-        ended = state != "not converged" or check.last
-        if ended:
-            end = ending(trajectory, state, states, check.epoch, spent(trajectory, check), reason)
-            numbers, matrices = window.matrix()
-            end["distances_matrix"] = {
-                "epochs": [epochs[number - 1] for number in numbers],
-                "ratios": {f"{ratio:g}": rows for ratio, rows in matrices.items()},
-            }
-            events.append(end)
-        yield events
-        if ended:
-            return
+    made_by = _made_by(trajectory, network)
+    found = checkpoint.load(folder) if folder else None
+    damaged = found.damaged if found else checkpoint.generations(folder) if folder else ()
+    if found and _usable(found, made_by, trajectory.setting.sweep):
+        told, first, attempt = (found.state[name] for name in ("told", "epoch", "attempt"))
+        states = dict(zip(states, found.state["states"], strict=True))
+        started = time.monotonic() - found.state["seconds"]
+        trajectory = dataclasses.replace(trajectory, started=started)
+    if damaged:
+        attempt += 1
+        reason = f"its newest checkpoint was damaged; it went on from epoch {first}"
+        names = {"trajectory": trajectory.id, "attempt": attempt, "reason": reason}
+        yield [{"event": "retry", **names}]
+    yield from told
+    if told and told[-1][-1]["event"] == "trajectory":
+        return
+    if first and found:
+        learner.load(found.tensors)
+
+    def state() -> dict[str, Any]:
+        return {
+            "made_by": made_by,
+            "told": list(told),
+            "states": list(states.values()),
+            "epoch": math.floor(check.epoch),
+            "attempt": attempt,
+            "seconds": time.monotonic() - trajectory.started,
+        }
+
+    newest = found.number if found else 0
+    with checkpoint.Writer(folder, newest) if folder else nullcontext() as writer:
+        for check in checks(trajectory, learner, first):
+            outcome, reason, events = "not converged", "", []
+            if check.verdicts:
+                events.append(_check_event(trajectory, check, states))
+                waiting = [ratio for ratio in trajectory.prune_ratios if states[ratio] != "drawn"]
+                drawn = [ratio for ratio in waiting if due(check, ratio)]
+                states |= dict.fromkeys(drawn, "drawn")
+                events += draw(check, drawn)
+                if set(states.values()) == {"drawn"}:
+                    outcome = "drawn"
+            else:
+                outcome, reason = "diverged", diverged(check)
+                states = {r: "drawn" if s == "drawn" else outcome for r, s in states.items()}
+            told.append(events)
+            if outcome != "not converged" or check.last:
+                macs = spent(trajectory, check)
+                end = ending(trajectory, outcome, states, check.epoch, macs, reason)
+                events.append(end | {"distances_matrix": _matrix(learner.window, told)})
+                if writer:
+                    # Before the end is told, after which nobody may ask for more.
+                    writer.save({}, state(), keep=1)
+                    writer.wait()
+                yield events
+                return
+            yield events
+            if writer and check.epoch.is_integer():
+                writer.save(learner.tensors(), state())
+
+
+def _matrix(window: MaskWindow, told: Iterable[Iterable[Event]]) -> dict[str, Any]:
+    epochs = [event["epoch"] for events in told for event in events if event["event"] == "check"]
+    numbers, matrices = window.matrix()
+    return {
+        "epochs": [epochs[number - 1] for number in numbers],
+        "ratios": {f"{ratio:g}": rows for ratio, rows in matrices.items()},
+    }
+
+
+def _made_by(trajectory: Trajectory, network: nn.Module) -> dict[str, Any]:
+    """What a checkpoint has to have in common with the trajectory that goes on from it."""
+    setting, how = trajectory.setting, trajectory.setting.numerics
+    shapes = [(name, *tensor.shape) for name, tensor in _tensors(network).items()]
+    return {
+        "trajectory": trajectory.id,
+        "method": trajectory.method,
+        "penalty": trajectory.penalty,
+        "seed": trajectory.seed,
+        "space": setting.space.fingerprint,
+        "data": setting.dataset.fingerprint,
+        "network": hashlib.sha256(f"{network}{shapes}".encode()).hexdigest(),
+        "versions": package_versions(),
+        "threads": torch.get_num_threads(),
+        "numerics": [how.device.type, str(how.dtype), str(how.weights), how.channels_last],
+    }
+
+
+def _usable(found: Checkpoint, made_by: Mapping[str, Any], sweep: Path) -> bool:
+    """Whether it was made by the same, and every ticket it tells of is whole."""
+    if found.state["made_by"] != made_by:
+        return False
+    try:
+        for events in found.state["told"]:
+            for event in events:
+                if event["event"] == "ticket":
+                    load_ticket(sweep / event["path"])
+    except DamagedTicket:
+        return False
+    return True
+
+
+class Learner:
+    """What changes in training: a network, its optimizer and the window of its masks."""
+
+    def __init__(self, trajectory: Trajectory, network: nn.Module):
+        recipe = trajectory.recipe
+        assert recipe is not None
+        self.network, self.window = network, mask_window(trajectory)
+        self.optimizer = SGD(network, recipe.momentum, recipe.weight_decay)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it, copied to the CPU."""
+        parts = {
+            "network": _tensors(self.network),
+            "optimizer": self.optimizer.state(),
+            "window": self.window.state(),
+        }
+        return {
+            f"{part}.{name}": tensor.detach().to("cpu", copy=True)
+            for part, tensors in parts.items()
+            for name, tensor in tensors.items()
+        }
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from the `tensors` of a learner of the same trajectory."""
+        parts: dict[str, dict[str, Tensor]] = {"network": {}, "optimizer": {}, "window": {}}
+        for name, tensor in tensors.items():
+            part, _, rest = name.partition(".")
+            parts[part][rest] = tensor
+        for name, tensor in _tensors(self.network).items():
+            tensor.copy_(parts["network"][name])
+        self.optimizer.load(parts["optimizer"])
+        self.window.load(parts["window"])
+
+
+def _tensors(network: nn.Module) -> dict[str, Tensor]:
+    return dict(network.named_parameters()) | dict(network.named_buffers())
 
 
 def mask_window(trajectory: Trajectory) -> MaskWindow:
@@ -218,30 +288,37 @@ def mask_window(trajectory: Trajectory) -> MaskWindow:
     return MaskWindow(trajectory.setting.space.stop_rule, trajectory.prune_ratios, widths)
 
 
-def checks(trajectory: Trajectory, network: nn.Module, window: MaskWindow) -> Iterator[Check]:
-    """Train the network by the trajectory's recipe, to the end or until it diverges."""
-    setting, recipe = trajectory.setting, trajectory.recipe
+def checks(trajectory: Trajectory, learner: Learner, first: int = 0) -> Iterator[Check]:
+    """Train by the trajectory's recipe from epoch `first` on, to the end or until it diverges."""
+    setting, recipe, network = trajectory.setting, trajectory.recipe, learner.network
     assert recipe is not None
     rule, batches, how = setting.space.stop_rule, setting.batches, setting.numerics
     score = scorer(network, setting.groups)
+
+    def order(epoch: int) -> torch.Generator:
+        # What a network draws by itself, as dropout does, is a function of the epoch too.
+        torch.manual_seed(seeded("dropout", trajectory.seed, epoch).initial_seed())
+        return seeded("trajectory", trajectory.seed, epoch)
+
     losses = fit(
         network,
-        SGD(network, recipe.momentum, recipe.weight_decay),
+        learner.optimizer,
         batches,
         recipe,
-        lambda epoch: seeded("trajectory", trajectory.seed, epoch),
+        order,
         how,
         penalty=trajectory.penalty,
         checks_per_epoch=rule.checks_per_epoch,
+        first=first,
     )
-    for number, (steps, loss) in enumerate(losses, start=1):
+    for number, (steps, loss) in enumerate(losses, start=first * rule.checks_per_epoch + 1):
         epoch = steps / batches.count(recipe.batch_size)
         scores, verdicts, validation = score(), {}, None
         finite = math.isfinite(loss) and bool(scores.isfinite().all())
         if finite:
             # The published rule looks at every BatchNorm's channels, the masks at their groups.
             seen = gammas(network).cpu() if rule.rule == "paper" else scores
-            verdicts = dict(zip(trajectory.prune_ratios, window.check(seen), strict=True))
+            verdicts = dict(zip(trajectory.prune_ratios, learner.window.check(seen), strict=True))
             if epoch.is_integer():
                 validation = accuracy(network, batches, "validation", how)
         yield Check(
@@ -312,126 +389,3 @@ def ending(
         "ratios": {f"{ratio:g}": state for ratio, state in states.items()},
         "distances_matrix": {"epochs": [], "ratios": {}},
     }
-
-
-def cut_groups(setting: Setting, scores: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
-    """The mask of a ticket, and what the cut chose before the space's floor and rounding.
-
-    scores is float [channels over all groups]; both are bool of that shape.
-    """
-    space, widths = setting.space, [group.width for group in setting.groups]
-    chosen = cut(scores, ratio)
-    mask = widen(chosen, scores, widths, least=space.min_channels, multiple=space.round_to)
-    return mask, chosen
-
-
-def write_ticket(
-    trajectory: Trajectory,
-    method: str,
-    ratio: float,
-    shrunk: nn.Module,
-    mask: Tensor,
-    chosen: Tensor,
-    check: Check | None = None,
-) -> Event:
-    """Write the shrunk network of a mask as a ticket; its event, but for what it cost.
-
-    `check` is the one it was drawn at, if it was. The network is left as it is.
-    """
-    setting, space, recipe = trajectory.setting, trajectory.setting.space, trajectory.recipe
-    shape, groups = setting.dataset.shape, setting.groups
-    parts = chosen.split([group.width for group in groups])
-    verdict = check and check.verdicts[ratio]
-    network = copy.deepcopy(shrunk).cpu().float()
-    found = {
-        "penalty": trajectory.penalty,
-        "prune_ratio": ratio,
-        "learning_rate": recipe and recipe.learning_rate,
-        "seed": trajectory.seed,
-        "macs": cost.macs(network, shape.example()),
-        "params": cost.params(network),
-    }
-    ticket = save_ticket(
-        setting.sweep / "tickets",
-        network,
-        {
-            "method": method,
-            "network": {
-                "name": space.network.name,
-                "options": dict(space.network.options),
-                "in_channels": shape.channels,
-                "num_classes": len(shape.classes),
-                "image_size": shape.size,
-            },
-            "groups": group_masks(groups, mask, chosen),
-            "min_channels": {
-                "least": space.min_channels,
-                "acted_on": [
-                    group.name
-                    for group, part in zip(groups, parts, strict=True)
-                    if part.sum() < min(space.min_channels, group.width)
-                ],
-            },
-            "round_to": space.round_to,
-            "threads": torch.get_num_threads(),
-            "precision": str(setting.numerics.dtype).removeprefix("torch."),
-            "stop_rule": verdict
-            and {
-                "rule": space.stop_rule.rule,
-                "window": space.stop_rule.window,
-                "threshold": space.stop_rule.limit,
-                "checks_per_epoch": space.stop_rule.checks_per_epoch,
-                "distances": list(verdict.distances),
-            },
-            "draw": check and {"check": check.number, "epoch": check.epoch},
-            "space": {"name": space.name, "fingerprint": space.fingerprint},
-            "data": {"fingerprint": setting.dataset.fingerprint},
-            "versions": package_versions(),
-            **found,
-        },
-    )
-    return {
-        "event": "ticket",
-        "trajectory": trajectory.id,
-        "ticket": ticket.id,
-        "path": str(ticket.path.relative_to(setting.sweep)),
-        "method": method,
-        "rule": verdict and space.stop_rule.rule,
-        "draw_check": check and check.number,
-        "draw_epoch": check and check.epoch,
-        "mask_distance": verdict and verdict.distance,
-        "kept": kept_channels(ticket.manifest),
-        **found,
-    }
-
-
-def prove(setting: Setting, path: Path, rung: int) -> Event:
-    """Fine-tune a ticket on disk once more from its draw, with the MACs of this rung (from 2)."""
-    started = time.monotonic()
-    ticket = load_ticket(path, trust_code=True)
-    macs, seed = ticket.manifest["macs"], ticket.manifest["seed"]
-    proof_accuracy, proof_macs = _fine_tune(setting, ticket.network(), macs, seed, rung)
-    return {
-        "event": "proof",
-        "ticket": ticket.id,
-        "rung": rung,
-        "proof_accuracy": proof_accuracy,
-        "proof_macs": proof_macs,
-        "seconds": time.monotonic() - started,
-    }
-
-
-def _fine_tune(
-    setting: Setting, network: nn.Module, macs: int, seed: int, rung: int
-) -> tuple[float, int]:
-    """Fine-tune a shrunk network in place: its validation accuracy, and the training MACs spent."""
-    recipe, batches = setting.space.proof, setting.batches
-    budget = recipe.budget * 2 ** (rung - 1) * setting.proof_macs
-    steps = max(1, int(budget / cost.training_macs(macs, recipe.batch_size)))
-    orders = (seeded("proof", seed, epoch) for epoch in count())
-    endless = (batch for order in orders for batch in batches.training(recipe.batch_size, order))
-    rates = [recipe.learning_rate * cosine(step / steps) for step in range(steps)]
-    optimizer = SGD(setting.numerics.place(network), recipe.momentum, recipe.weight_decay)
-    train(network, optimizer, islice(endless, steps), rates, setting.numerics)
-    spent = cost.training_macs(macs, steps * recipe.batch_size)
-    return accuracy(network, batches, "validation", setting.numerics), spent

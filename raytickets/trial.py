@@ -1,53 +1,73 @@
-"""What a Ray Tune trial does: a trajectory, or a ticket's further proof."""
+"""What a worker does: trajectories and sources, further proofs, retraining of compared tickets."""
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from ray import tune
-from ray.util.queue import Queue
 
 from raytickets.config import SearchSpace
 from raytickets.data import DataSet
+from raytickets.draw import prove
 from raytickets.journal import Event
-from raytickets.trajectory import Point, prepare, prove, run_trajectory
+from raytickets.methods import Source, retrain_alone, run_source
+from raytickets.sweep import select
+from raytickets.trajectory import Point, prepare, run_trajectory
+
+_LAST = ("trajectory", "proof", "retrained")
 
 
 class Trial(tune.Trainable):
-    """Reports the events of one check at a time; a worker goes on to the next trial in place.
+    """Reports the events of one step of a job at a time; a worker goes on to the next in place.
 
-    With a `point` in its config it is a trajectory. Without one it is a prover, and
-    takes tickets (path and rung) from the queue until it finds None there.
+    Its config is one of these: `point` (of a trajectory), `source` (of a comparison), `proof` (a
+    ticket's path) and `rung`, `ticket` (the path of one to retrain), or `wait` (seconds between
+    reports of nothing).
     """
 
     # `tune.with_parameters` gives the arguments after the first.
     def setup(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, config: dict, space: SearchSpace, dataset: DataSet, sweep: Path, queue: Queue
+        self,
+        config: dict,
+        space: SearchSpace,
+        dataset: DataSet,
+        sweep: Path,
+        cpus: int,
+        gpus: float,
     ) -> None:
-        torch.set_num_threads(space.resources.cpus_per_trial)
-        gpus = space.resources.gpus_per_trial
+        torch.set_num_threads(cpus)
         if 0 < gpus < 1:
             torch.cuda.set_per_process_memory_fraction(gpus)
-        self._queue = queue
         self._setting = prepare(space, dataset, sweep, "cuda" if gpus else "cpu")
         self.reset_config(config)
 
     def reset_config(self, new_config: dict) -> bool:
-        if "point" in new_config:
-            self._steps = run_trajectory(self._setting, Point(**new_config["point"]))
-        else:
-            self._steps = self._prove()
+        self._steps = self._run(new_config)
         return True
 
-    def _prove(self) -> Iterator[list[Event]]:
-        while job := self._queue.get():
-            path, rung = job
-            yield [prove(self._setting, self._setting.sweep / path, rung)]
+    def _run(self, config: dict) -> Iterator[list[Event]]:
+        setting = self._setting
+        match config:
+            case {"point": point}:
+                yield from run_trajectory(setting, Point(**point))
+            case {"source": source}:
+                yield from run_source(setting, Source(**source))
+            case {"proof": path, "rung": rung}:
+                yield [prove(setting, setting.sweep / path, rung)]
+            case {"ticket": path}:
+                yield from retrain_alone(setting, setting.sweep / path)
+            case {"wait": seconds}:
+                while True:
+                    time.sleep(seconds)
+                    yield []
 
     def step(self) -> dict:
-        events = next(self._steps, [])
-        result = {"events": events, "done": not events or events[-1]["event"] == "trajectory"}
-        check = events[0] if events else {}
+        events = next(self._steps, None)
+        done = events is None or (bool(events) and events[-1]["event"] in _LAST)
+        result = {"events": events or [], "done": done}
+        # What goes on tells its old events again, maybe all at once.
+        check = (select(events or [], "check") or [{}])[-1]
         # What halving is not to judge has no accuracy (see `tuner`).
         if check.get("validation_accuracy") is not None and not check["about_to_draw"]:
             result |= {"epoch": check["epoch"], "accuracy": check["validation_accuracy"]}

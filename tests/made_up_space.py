@@ -1,5 +1,6 @@
 """A space as a user would write it, and a stand-in for what would run it."""
 
+import contextlib
 import sys
 from types import SimpleNamespace
 
@@ -46,7 +47,9 @@ class Failed(RuntimeError):
 
 def stand_in_for_ray(monkeypatch, run):
     """Ray and MLflow take seconds to import: `run` takes the driver's place."""
-    driver = SimpleNamespace(run=run, retrain_ticket=run, SweepFailed=Failed)
+    driver = SimpleNamespace(
+        run=run, retrain_ticket=run, SweepFailed=Failed, interruptible=contextlib.nullcontext
+    )
     tracking = SimpleNamespace(
         resolve_uri=str,
         ui_command="mlflow ui {}".format,

@@ -169,3 +169,12 @@ def write(folder: Path, events: list[dict[str, Any]]) -> Path:
         journal.append(event)
     journal.close()
     return folder
+
+
+def write_tickets(folder: Path, events: list[Event]) -> None:
+    """The files of these events' tickets, which hold nothing that can be loaded."""
+    paths = [event.get("path") for event in events if event["event"] in ("ticket", "retrained")]
+    for path in filter(None, paths):
+        (folder / path).mkdir(parents=True)
+        (folder / path / "ticket.safetensors").write_bytes(f"weights of {path}".encode())
+        (folder / path / "manifest.json").write_text("{}")

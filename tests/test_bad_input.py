@@ -1,7 +1,10 @@
 """Bad input ends in one line with field, value and what is allowed, and before Ray starts."""
 
+import os
 import re
 import shutil
+import subprocess
+import sys
 
 import made_up_comparison
 import pytest
@@ -73,8 +76,8 @@ SPACES = [
         r"retraining\.milestones: \(\) .* `multistep` needs milestones",
     ),
     (
-        {"retraining": "Retraining(epochs=9, num_workers=3)"},
-        r"retraining\.num_workers: 3 .* divide retraining\.batch_size, which is 64",
+        {"retraining": "Retraining(epochs=9, num_workers=0)"},
+        r"retraining\.num_workers: 0 .* at least 1",
     ),
     ({"retraining": "Retraining(epochs=9, weights='old')"}, "weights: 'old' .* inherit, reinit"),
     ({"retraining": "Training(epochs=9)"}, r"retraining: Training\(.* must be a Retraining"),
@@ -147,6 +150,10 @@ def space_file(text):
     return lambda folder: (folder / "mine.py").write_text(text)
 
 
+def space_bytes(content):
+    return lambda folder: (folder / "mine.py").write_bytes(content)
+
+
 def empty_class(folder):
     (folder / "images" / "fish").mkdir()
 
@@ -192,11 +199,26 @@ SEARCHES = [
     (space_file("def space(): return 1 / 0"), "mine.py", "ZeroDivisionError in line 1 of"),
     (space_file("import nosuch"), "mine.py", "ModuleNotFoundError in line 1 of .*nosuch"),
     (space_file("raise SystemExit"), "mine.py", "SystemExit in line 1 of"),
+    (space_file("def space(): yield 1"), "mine.py", "must return a SearchSpace, not generator"),
+    (space_file("space = 3"), "mine.py", r"space: 'mine\.py' .* must define a function `space`"),
+    (space_file("class space: pass"), "mine.py", "must return a SearchSpace, not space"),
+    (space_file("def space(x): return x"), "mine.py", "TypeError: .* missing 1 required .* 'x'"),
+    (space_file("def space(): return space()"), "mine.py", "RecursionError in line 1 of"),
+    (space_file("assert False, 'one\\ntwo'"), "mine.py", "AssertionError in line 1 of .*: one two"),
+    (space_file("x = 1\0"), "mine.py", "syntax error: source code string cannot contain null"),
+    (space_bytes(b"x = '\xe9'"), "mine.py", "syntax error in line 1 of .* can't decode"),
+    (nothing, "images", "space: 'images' .* must be one of .* a .py file"),
+    (nothing, "mine:FIELDS", "space: 'mine:FIELDS' .* must define a function `FIELDS`"),
     (nothing, "mine.py --name a/b", "name: 'a/b' .* letters, digits"),
+    (nothing, "mine.py --name ..", r"name: '\.\.' .* letters, digits"),
+    (nothing, "mine.py --name a*b", r"name: 'a\*b' .* letters, digits"),
     (nothing, "mine.py --name .hidden", r"name: '\.hidden' .* letters, digits"),
     (nothing, "mine.py --storage mine.py/sweeps", r"storage: 'mine\.py/sweeps' .* writable"),
     (nothing, "mine.py --storage /proc/sweeps", "storage: '/proc/sweeps' .* writable"),
-    (nothing, "mine.py --storage s3://bucket", "storage: 's3:/bucket' .* must be a folder"),
+    (nothing, "mine.py --storage ftp://host/x", "storage: 'ftp://host/x' .* folder, or one of s3:"),
+    (nothing, "mine.py --storage s3://", "storage: 's3://' .* must be a bucket and names"),
+    (nothing, "mine.py --storage s3://b/../x", r"storage: 's3://b/\.\./x' .* must be a bucket"),
+    (nothing, "mine.py --storage s3://me:key@b", r"storage: 's3://\.\.\.' .* no credentials"),
     (nothing, "mine.py --data nosuch", r"data\.path: 'nosuch' .* must be a folder"),
     (nothing, "mine.py --data mine.py", r"data\.path: 'mine\.py' .* must be a folder"),
     (no_class, "mine.py", r"data\.path: 'images' .* at least two class folders"),
@@ -220,6 +242,13 @@ def test_a_search_that_cannot_be_done(folder, refusal, prepare, arguments, said)
 
 COMPARISONS = [
     ("mine.py --seeds 0", r"seeds: 0 .* at least 1"),
+    ("mine.py --seeds=-3", r"seeds: -3 .* at least 1"),
+    ("mine.py --methods=", r"comparison\.methods: '' .* one of dense, early"),
+    ("mine.py --prune-ratios inf", r"comparison\.prune_ratios: inf .* above 0 and below 1"),
+    ("mine.py --storage ftp://host/x", "storage: 'ftp://host/x' .* folder, or one of s3:"),
+    ("nosuch.py", r"space: 'nosuch\.py' .* no such file"),
+    ("paper --data images", "data: 'images' .* `compare paper` takes a name"),
+    ("paper --smoke", "smoke: True .* `compare paper` takes a name"),
     (
         "mine.py --methods dense eary_bird",
         r"comparison\.methods: 'eary_bird' .* one of dense, early",
@@ -268,11 +297,40 @@ def test_a_name_that_belongs_to_another_space(folder, refusal):
     assert re.search(r"^name: 'first' .* another name, .*training\.epochs.* choose a new", line)
 
 
-def test_a_name_whose_journal_is_damaged(folder, refusal):
-    write(folder / "sweeps" / "first", [])
-    (folder / "sweeps" / "first" / "journal.jsonl").write_text('{"event"\n')
-    line = refusal("search", "mine.py", "--name", "first")
-    assert re.search("^sweep: '.*sweeps/first' .* journal is damaged", line)
+NOT_FOUND = [
+    ("report nosuch", "sweep: 'sweeps/nosuch' .* must be the folder of a sweep"),
+    ("report mine.py", r"sweep: 'sweeps/mine\.py' .* must be the folder of a sweep"),
+    ("report images", "sweep: 'images' .* must be the folder of a sweep"),
+    ("report ../first", r"sweep: 'sweeps/\.\./first' .* must be the folder of a sweep"),
+    ("report bad", "sweep: 'sweeps/bad' .* its journal is damaged: line 1"),
+    ("report torn", "sweep: 'sweeps/torn' .* its journal is damaged: line 1"),
+    ("report empty", "sweep: 'sweeps/empty' .* its journal is empty"),
+    ("report ftp://host/x", "storage: 'ftp://host/x' .* must be a folder, or one of s3:"),
+    ("report s3://", "storage: 's3://' .* must be a bucket"),
+    ("show nosuch", "ticket: 'nosuch' .* must be a ticket's folder, or an id"),
+    ("show mine.py", r"ticket: 'mine\.py' .* must be a ticket's folder, or an id"),
+    ("show /nosuch", "ticket: '/nosuch' .* must be a ticket's folder, or an id"),
+    ("show images", "ticket: 'images' .* not a whole ticket .*'cat'"),
+    ("show sweeps/first", "ticket: 'sweeps/first' .* not a whole ticket"),
+    ("show sweeps/first/tickets/none", "ticket: .* not a whole ticket .*No such file"),
+    ("show ftp://host/x", "storage: 'ftp://host/x' .* must be a folder, or one of s3:"),
+    ("retrain nosuch", "ticket: 'nosuch' .* must be a ticket's folder, or an id"),
+    ("retrain images", "sweep: .* must be the folder of a sweep"),
+    ("retrain sweeps/first/tickets/none --epochs 0", r"retraining\.epochs: 0 .* at least 1"),
+    ("retrain sweeps/first/tickets/none --epochs -1", r"retraining\.epochs: -1 .* at least 1"),
+]
+
+
+@pytest.mark.parametrize(("words", "said"), NOT_FOUND, ids=[words for words, _ in NOT_FOUND])
+def test_what_is_not_there_or_damaged(folder, refusal, words, said):
+    write(folder / "sweeps" / "first", FINISHED)
+    (folder / "sweeps" / "first" / "tickets" / "none").mkdir(parents=True)
+    for name, text in {"bad": '{"event"\n{}\n', "torn": '["a"]\n', "empty": ""}.items():
+        (folder / "sweeps" / name).mkdir()
+        (folder / "sweeps" / name / "journal.jsonl").write_text(text)
+    line = refusal(*words.split())
+    assert re.search(said, line), line
+    assert " is not allowed: " in line
 
 
 @pytest.mark.parametrize(
@@ -309,12 +367,16 @@ def test_what_only_mlflow_or_the_cluster_can_refuse(folder, cli, changes, argume
     ("words", "said"),
     [
         (["serch"], "serch"),
-        ([], "search, compare, report, show, retrain, spaces"),
+        ([], "search"),
         (["search", "--penalty", "1"], "--penalty"),
         (["search", "--name"], "--name"),
         (["compare", "--prune-ratios", "half"], "half"),
         (["retrain", "x", "--epochs", "many"], "many"),
         (["retrain", "x", "--weights", "old"], "inherit"),
+        (["compare", "--seeds", "many"], "many"),
+        (["report"], "SWEEP"),
+        (["show"], "TICKET"),
+        (["spaces", "x"], "x"),
     ],
 )
 def test_arguments_that_there_are_not(cli, words, said):
@@ -322,3 +384,34 @@ def test_arguments_that_there_are_not(cli, words, said):
     assert (code, output) == (2, "")
     assert said in errors
     assert "Traceback" not in errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "value", "arguments", "said"),
+    [
+        ("RAY_ADDRESS", "ftp://host", "", "RAY_ADDRESS: 'ftp://host' .* must be auto or host:port"),
+        ("RAY_ADDRESS", "127.0.0.1:1", "", r"RAY_ADDRESS: '127\.0\.0\.1:1' .* no Ray cluster"),
+        ("RAYTICKETS_DEADLINE_S", "soon", "", "RAYTICKETS_DEADLINE_S: 'soon' .* at least 0"),
+        ("MLFLOW_TRACKING_URI", "ftp://host", "", "tracking_uri: 'ftp://host' .* unsupported"),
+        (
+            "RAYTICKETS_WORK",
+            "~nobody-here/x",
+            "--storage s3://bucket/x",
+            "storage: 's3://bucket/x'",
+        ),
+    ],
+)
+@pytest.mark.usefixtures("folder")
+def test_a_variable_of_the_environment_that_cannot_be_used(name, value, arguments, said):
+    done = subprocess.run(
+        [sys.executable, "-m", "raytickets.cli", "search", "mine.py", *arguments.split()],
+        env=os.environ | {name: value},
+        capture_output=True,
+        text=True,
+    )
+    lines = [line for line in done.stderr.splitlines() if line.startswith("raytickets: ")]
+    assert done.returncode == 2, done.stderr
+    assert len(lines) == 1
+    assert re.search(said, lines[0]), lines[0]
+    assert "Traceback" not in done.stderr

@@ -66,6 +66,26 @@ def test_an_epoch_has_every_image_once_and_workers_share_each_batch():
         assert [part.tolist() for part in parts] == [batch[0::2].tolist(), batch[1::2].tolist()]
 
 
+@given(total=st.integers(2, 80), size=st.integers(2, 30), seed=st.integers(0, 9), data=st.data())
+def test_any_number_of_workers_has_the_batches_of_one(total, size, seed, data):
+    """No image is lost or doubled, and a batch stays as large as it was."""
+    world = data.draw(st.integers(1, min(size, total)))
+    images = np.arange(total, dtype=np.uint8).reshape(total, 1, 1, 1)
+    batches = Batches(one_image_set(images), Data("digits"))
+    whole = [labels for _, labels in batches.training(size, seeded(seed))]
+    parts = [list(batches.training(size, seeded(seed), rank, world)) for rank in range(world)]
+    for batch, *shares in zip(whole, *parts, strict=True):
+        assert sorted(torch.cat([labels for _, labels in shares]).tolist()) == sorted(
+            batch.tolist()
+        )
+        counts = [len(labels) for _, labels in shares]
+        assert max(counts) - min(counts) <= 1
+        for pixels, labels in shares:
+            assert pixels.flatten().tolist() == labels.tolist()
+    seen = torch.cat(whole).tolist()
+    assert len(set(seen)) == len(seen) == max(total // size * size, min(total, size))
+
+
 def test_an_image_stays_with_its_label():
     images = np.arange(40, dtype=np.uint8).reshape(40, 1, 1, 1)
     batches = Batches(one_image_set(images), Data("digits"))

@@ -8,13 +8,27 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import made_up_comparison
 import pytest
 import torch
 from made_up_space import Failed, source, stand_in_for_ray
-from made_up_sweep import FINISHED, HIGH, SMALL, SPACE, epoch, retrained, ticket, write
+from made_up_sweep import (
+    FINISHED,
+    HIGH,
+    LOW,
+    OPENING,
+    SMALL,
+    SPACE,
+    check,
+    epoch,
+    retrained,
+    ticket,
+    write,
+)
 
+from raytickets.lease import Held, hold
 from raytickets.models import build_network
 from raytickets.shrink import channel_groups, shrink
 from raytickets.spaces import built_in
@@ -106,8 +120,10 @@ def test_spaces_lists_what_comes_with_raytickets(cli):
 def test_help_names_every_command(cli):
     code, output, _ = cli("--help")
     assert code == 0
-    for command in ("search", "compare", "report", "show", "retrain", "spaces"):
+    for command in ["search", "compare", "report", "show", "retrain", "sync", "history", "spaces"]:
         assert f"• {command}" in output
+    for code in ("0 all done", "2 bad input", "3 something failed", "4 another", "130 interrupted"):
+        assert code in " ".join(output.split())
 
 
 @pytest.mark.parametrize(
@@ -134,7 +150,7 @@ def test_what_is_not_there_cannot_be_shown_or_retrained(found, refusal, words, s
         (lambda path: (path / "ticket.safetensors").unlink(), "not a whole ticket"),
         (
             lambda path: (path / "ticket.safetensors").write_bytes(b""),
-            "does not match its checksum",
+            "not a whole ticket",
         ),
         (lambda path: (path / "manifest.json").write_text("{}"), "not a whole ticket"),
         (
@@ -152,7 +168,7 @@ def test_a_damaged_ticket_is_not_shown(found, refusal, tmp_path, damage, said):
 
 
 def test_a_search_reports_what_it_found_and_where_to_look(folder, cli, monkeypatch):
-    def run(plan, _, observer):
+    def run(plan, _, observer, **__):
         for event in FINISHED:
             observer(event)
         return Sweep(write(plan.folder, FINISHED))
@@ -168,7 +184,7 @@ def test_a_search_reports_what_it_found_and_where_to_look(folder, cli, monkeypat
 
 @pytest.mark.usefixtures("folder")
 def test_a_comparison_is_of_what_was_asked_for_and_shows_its_table(cli, monkeypatch):
-    def run(plan, _, observer):
+    def run(plan, _, observer, **__):
         assert plan.opening["event"] == "comparison"
         assert plan.opening["methods"] == ["dense", "early_bird"]
         assert (plan.opening["seeds"], plan.opening["prune_ratios"]) == ([0, 1], [0.4])
@@ -190,13 +206,13 @@ def test_a_comparison_is_of_what_was_asked_for_and_shows_its_table(cli, monkeypa
 
 @pytest.mark.usefixtures("folder")
 def test_a_source_that_fails_is_told_of_with_the_table_of_the_rest(cli, monkeypatch):
-    def run(plan, *_):
+    def run(plan, *_, **__):
         write(plan.folder, made_up_comparison.finished()[:-1])
-        raise Failed("early_bird-seed2: no space left")
+        raise Failed("a stage failed: early_bird-seed2: no heart")
 
     stand_in_for_ray(monkeypatch, run)
     code, output, errors = cli("compare", "mine.py", "--name", "duel")
-    assert (code, errors) == (3, "raytickets: a stage failed: early_bird-seed2: no space left\n")
+    assert (code, errors) == (3, "raytickets: a stage failed: early_bird-seed2: no heart\n")
     assert "duel: unfinished" in output
 
 
@@ -232,9 +248,9 @@ def test_a_comparison_stands_beside_the_papers_numbers(cli, working_folder):
 
 @pytest.mark.usefixtures("folder")
 def test_a_stage_that_fails_is_told_and_what_was_found_is_reported(cli, monkeypatch):
-    def run(plan, *_):
+    def run(plan, *_, **__):
         write(plan.folder, FINISHED[:-1])
-        raise Failed("the worker [/died]")
+        raise Failed("a stage failed: the worker [/died]")
 
     stand_in_for_ray(monkeypatch, run)
     code, output, errors = cli("search", "mine.py", "--name", "first")
@@ -242,16 +258,70 @@ def test_a_stage_that_fails_is_told_and_what_was_found_is_reported(cli, monkeypa
     assert "first: unfinished" in output
 
 
+def test_what_is_owed_to_mlflow_is_delivered_under_the_lease(found, cli, monkeypatch):
+    sweep = found.path.resolve().parent.parent
+
+    class Undelivered(RuntimeError):
+        pass
+
+    def sync(path, uri):
+        assert (path.resolve(), uri) == (sweep, "db")
+        with pytest.raises(Held), hold(path):
+            pytest.fail("it is not held")
+        if silent:
+            raise Undelivered("3 events did not reach MLflow")
+        return SimpleNamespace(events=23, runs=7)
+
+    tracking = SimpleNamespace(sync=sync, Undelivered=Undelivered)
+    monkeypatch.setitem(sys.modules, "raytickets.tracking", tracking)
+    silent = False
+    assert cli("sync", "first", "--tracking-uri", "db") == (
+        *(0, "MLflow has all 23 events of first in 7 runs\n", ""),
+    )
+    silent = True
+    assert cli("sync", "first", "--tracking-uri", "db") == (
+        *(3, "", "raytickets: 3 events did not reach MLflow\n"),
+    )
+    with hold(sweep):
+        assert cli("sync", "first", "--tracking-uri", "db")[0] == 4
+
+
+def test_history_shows_the_sweeps_of_a_space(found, cli):
+    sweep = found.path.resolve().parent.parent
+    write(sweep.parent / "later", [*FINISHED[:-3], *FINISHED[-1:]])
+    write(sweep.parent / "elsewhere", [OPENING | {"space": OPENING["space"] | {"name": "other"}}])
+    code, output, errors = cli("history", "digits")
+    assert (code, errors) == (0, "")
+    shown = [line.split()[0] for line in output.splitlines() if line.strip()]
+    assert "first" in shown
+    assert "later" in shown
+    assert "elsewhere" not in shown
+    shutil.rmtree(sweep.parent / "later")
+    shutil.rmtree(sweep.parent / "elsewhere")
+    code, _, errors = cli("history", "nosuch")
+    assert (code, errors) == (
+        2,
+        "raytickets: space: 'nosuch' is not allowed: has no sweep in sweeps\n",
+    )
+
+
 def test_a_ticket_is_retrained_with_what_was_asked_for(found, cli, monkeypatch):
     def retrain_ticket(path, **options):
         assert path == found.path.resolve()
         observer = options.pop("observer")
-        assert options == {"epochs": 60, "weights": "reinit", "tracking_uri": None}
+        assert options == {
+            "epochs": 60,
+            "weights": "reinit",
+            "tracking_uri": None,
+            "address": "auto",
+        }
         observer(epoch(found.id, 60))
         return retrained(found.id, 350_000, 1, 0.975)
 
     stand_in_for_ray(monkeypatch, retrain_ticket)
-    code, output, errors = cli("retrain", found.id, "--epochs", "60", "--weights", "reinit")
+    code, output, errors = cli(
+        *("retrain", found.id, "--epochs", "60", "--weights", "reinit", "--address", "auto")
+    )
     assert (code, errors) == (0, "")
     saved = found.path.resolve().parent.parent / "retrained" / found.id
     assert output.splitlines() == [
@@ -262,7 +332,7 @@ def test_a_ticket_is_retrained_with_what_was_asked_for(found, cli, monkeypatch):
 
 def test_a_retraining_that_fails_is_told(found, cli, monkeypatch):
     def retrain_ticket(*_, **__):
-        raise Failed("the worker died")
+        raise Failed("retraining failed: the worker died")
 
     stand_in_for_ray(monkeypatch, retrain_ticket)
     assert cli("retrain", found.id) == (3, "", "raytickets: retraining failed: the worker died\n")
@@ -275,18 +345,128 @@ def test_a_retraining_that_fails_is_told(found, cli, monkeypatch):
         (["search", "mine.py", "--name", "x"], r"raytickets search mine\.py --name x"),
         (["compare", "mine.py", "--seeds", "2"], ".* compare mine.py --seeds 2 --name mine-comp.*"),
         (["search", "mine.py", "--name=x"], r"raytickets search mine\.py --name=x"),
+        (["search", "mine.py", "--name", "x", "--new"], r"raytickets search mine\.py --name x"),
         (["search", "mine.py", "--storage", "my disk"], ".* --storage 'my disk' --name mine-.*"),
     ],
 )
 @pytest.mark.usefixtures("folder")
 def test_an_interrupted_search_says_how_to_go_on(cli, monkeypatch, words, again):
-    def run(*_):
+    def run(*_, **__):
         raise KeyboardInterrupt
 
     stand_in_for_ray(monkeypatch, run)
     code, output, errors = cli(*words)
     assert (code, errors) == (130, "")
     assert re.fullmatch(again, output.splitlines()[-1].strip())
+
+
+def begin(monkeypatch, told, plans):
+    """A run that tells of these events and is then killed, or ends with the last of them."""
+
+    def run(plan, *_, **__):
+        plans.append(plan)
+        write(plan.folder, [plan.opening, *told])
+        return Sweep(plan.folder)
+
+    stand_in_for_ray(monkeypatch, run)
+
+
+DONE, FAILED = ({"event": "end", "state": state, "reason": ""} for state in ("done", "failed"))
+TICK = ("search", "mine.py", "--name", "nightly", "--resume-or-start")
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_series_goes_on_with_the_newest_sweep_until_it_is_over(cli, monkeypatch):
+    plans = []
+    for told in ([DONE], [], [FAILED], [FAILED], [DONE], [DONE]):
+        begin(monkeypatch, told, plans)
+        assert cli(*TICK)[0] == 0
+    assert [plan.folder.name for plan in plans] == [
+        "nightly-0001",
+        *["nightly-0002"] * 3,  # cut off, then failed twice
+        "nightly-0003",
+        "nightly-0004",
+    ]
+    assert {plan.opening["series"] for plan in plans} == {"nightly"}
+    assert len({plan.lease.token for plan in plans if plan.folder.name == "nightly-0002"}) == 3
+
+
+def test_a_series_starts_its_next_sweep_with_a_space_that_changed(folder, cli, monkeypatch):
+    plans = []
+    begin(monkeypatch, [], plans)
+    assert cli(*TICK)[0] == 0
+    (folder / "mine.py").write_text(source(penalties="(1e-3,)"))
+    assert cli(*TICK)[0] == 0
+    assert [plan.folder.name for plan in plans] == ["nightly-0001", "nightly-0002"]
+    assert plans[1].space.penalties == (1e-3,)
+
+
+@pytest.mark.usefixtures("folder")
+def test_two_of_one_name_or_series_never_run_at_once(cli, monkeypatch):
+    begin(monkeypatch, [], [])
+    storage = Path("sweeps").resolve()
+    for held, words in (
+        ("nightly", TICK),
+        ("x", ("search", "mine.py", "--name", "x")),
+        ("x", ("compare", "mine.py", "--name", "x")),
+    ):
+        with hold(storage / held):
+            code, output, errors = cli(*words)
+        assert (code, output) == (4, "")
+        assert re.fullmatch(rf"raytickets: {held} is held by process \d+ on .* since .*\n", errors)
+    assert cli(*TICK)[0] == 0
+    with hold(storage / "nightly-0001"):
+        code, _, errors = cli("search", "mine.py", "--name", "nightly-0001")
+        assert (code, errors[:39]) == (4, "raytickets: nightly-0001 is held by pro")
+
+
+@pytest.mark.parametrize("more", [(), ("--name", "x", "--new")])
+@pytest.mark.usefixtures("folder")
+def test_a_series_has_a_name_and_goes_on(refusal, more):
+    line = refusal("search", "mine.py", "--resume-or-start", *more)
+    assert line.startswith("resume_or_start: True is not allowed: needs the --name of a series")
+
+
+def test_starting_anew_keeps_what_was_there_and_says_so(folder, cli, monkeypatch):
+    begin(monkeypatch, [], [])
+    assert cli("search", "mine.py", "--name", "x")[0] == 0
+    before = (folder / "sweeps/x/journal.jsonl").read_bytes()
+    (folder / "mine.py").write_text(source(penalties="(1e-3,)"))
+    code, _, errors = cli("search", "mine.py", "--name", "x")
+    assert code == 2
+    assert "this sweep began with another penalties; choose a new name, or start anew" in errors
+    code, output, _ = cli("search", "mine.py", "--name", "x", "--new")
+    assert code == 0
+    (kept,) = (folder / "sweeps").glob("x-before-*")
+    assert output.splitlines()[1] == f"what x held is kept in {kept}"
+    assert (kept / "journal.jsonl").read_bytes() == before
+    assert Sweep(folder / "sweeps/x").space().penalties == (1e-3,)
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_sweep_that_goes_on_says_what_it_found(cli, monkeypatch):
+    begin(monkeypatch, [check(LOW, 3.0, {"0.3": None})], [])
+    assert cli("search", "mine.py", "--name", "x")[0] == 0
+    begin(monkeypatch, [], [])
+    _, output, _ = cli("search", "mine.py", "--name", "x")
+    assert output.splitlines()[1] == (
+        "found here: 0 trajectories ended, 0 tickets, 0 networks retrained;"
+        " to go on: penalty0.0001-seed0 was at epoch 3"
+    )
+
+
+def test_a_journal_that_was_damaged_is_mended_at_the_start(folder, cli, monkeypatch):
+    begin(monkeypatch, [DONE], [])
+    assert cli("search", "mine.py", "--name", "x")[0] == 0
+    journal = folder / "sweeps/x/journal.jsonl"
+    journal.write_text(journal.read_text().replace('"state": "done"', '"state": "gone"'))
+    code, _, errors = cli("report", "x")
+    assert (code, errors.count("\n")) == (2, 1)
+    assert "its journal is damaged: line 2 is damaged" in errors
+    begin(monkeypatch, [], [])
+    code, output, _ = cli("search", "mine.py", "--name", "x")
+    assert code == 0
+    assert output.splitlines()[1].startswith(f"line 2 of {journal} is damaged")
 
 
 @pytest.mark.parametrize("fields", [{"prune_ratios": "(1.2,)"}, {"network": "Network('vgg16')"}])

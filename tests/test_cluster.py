@@ -1,26 +1,25 @@
 """The files of cluster/ are valid, hold no secret, and a sweep runs on a cluster they start."""
 
-import contextlib
 import copy
+import json
 import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import jsonschema
 import pytest
 import yaml
+from head_node import TOKEN, TOOLS, Head
 
 ROOT = Path(__file__).parent.parent
 CLUSTER = ROOT / "cluster"
 DATA = Path(__file__).parent / "cluster"
-TOOLS = Path(sys.executable).parent
 
 PROVIDERS = ("cluster.yaml", "gcp.yaml", "onprem.yaml")
 MANIFESTS = ("rayjob.yaml", "raycronjob.yaml", "cronjob.yaml")
@@ -130,17 +129,12 @@ def test_ray_submit_as_typed_runs_the_script_with_plain_arguments(monkeypatch):
     assert ran == [("cluster.yaml", "python ~/search.py cifar10_vgg16 --name nightly --smoke")]
 
 
-def test_the_script_reads_the_space_as_the_command_line_does(script):
-    words = ["--name", "nightly", "cifar10_vgg16", "--smoke", "--storage", "/mnt/x"]
-    assert script.asked_for(words).name == "cifar10_vgg16-smoke"
-    assert script.asked_for([]).name == "digits"
-
-
 def test_bad_input_is_told_before_ray_is_asked(script, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["search.py", "digitz"])
-    monkeypatch.setattr(script, "prepare", lambda space: pytest.fail(f"asked for {space}"))
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    assert script.main() == 2
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(SystemExit) as ended:
+        script.main()
+    assert ended.value.code == 2
     assert "did you mean digits?" in capsys.readouterr().err
 
 
@@ -158,7 +152,6 @@ def test_sweeps_go_to_the_clusters_storage_unless_told_otherwise(
     monkeypatch.setenv("RAYTICKETS_STORAGE", "/mnt/shared")
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     monkeypatch.setattr(sys, "argv", ["search.py", *typed])
-    monkeypatch.setattr(script, "prepare", lambda space: None)  # noqa: ARG005
     called = []
 
     def main():
@@ -169,59 +162,6 @@ def test_sweeps_go_to_the_clusters_storage_unless_told_otherwise(
     with pytest.raises(SystemExit):
         script.main()
     assert called == ["raytickets", "search", "digits", *storage]
-
-
-@pytest.fixture
-def growing(script, monkeypatch):
-    """`growing([], [4], [4, 4])`: machines with so many CPUs, one list for each look at them."""
-
-    def grow(*looks):
-        clock, requests, looks = [0.0], [], list(looks)
-
-        def nodes():
-            cpus = looks.pop(0) if len(looks) > 1 else looks[0]
-            return [{"Alive": True, "Resources": {"CPU": cpu} if cpu else {}} for cpu in cpus]
-
-        def sleep(seconds):
-            clock[0] += seconds
-
-        ray = SimpleNamespace(init=lambda **_: None, nodes=nodes)
-        sdk = SimpleNamespace(request_resources=lambda bundles: requests.append(bundles))
-        monkeypatch.setitem(sys.modules, "raytickets.driver", SimpleNamespace(ray=ray))
-        monkeypatch.setitem(sys.modules, "ray.autoscaler.sdk", sdk)
-        monkeypatch.setattr(
-            script, "time", SimpleNamespace(monotonic=lambda: clock[0], sleep=sleep)
-        )
-        return clock, requests
-
-    return grow
-
-
-def test_room_for_every_trajectory_is_asked_for_and_no_more(script, growing):
-    _, requests = growing([0], [0], [0, 2], [0, 2, 2])
-    script.prepare(script.asked_for(["digits"]))
-    assert requests == [[{"CPU": 1}] * 3, []]
-
-
-def test_nothing_is_asked_for_where_there_is_room(script, growing):
-    clock, requests = growing([0, 4])
-    script.prepare(script.asked_for(["digits"]))
-    assert (clock, requests) == ([0.0], [])
-
-
-def test_the_sweep_starts_on_what_there_is_when_no_more_machines_come(script, growing):
-    clock, requests = growing([0], [0, 2])
-    script.prepare(script.asked_for(["digits"]))
-    assert clock[0] == pytest.approx(script.PATIENCE_S, abs=3)
-    assert requests[-1] == []
-
-
-def test_a_cluster_that_never_gets_a_machine_is_given_up(script, growing):
-    clock, requests = growing([0])
-    with pytest.raises(TimeoutError, match="no machine"):
-        script.prepare(script.asked_for(["digits"]))
-    assert clock[0] == pytest.approx(script.DEADLINE_S, abs=3)
-    assert requests[-1] == []
 
 
 # Kubernetes
@@ -303,7 +243,7 @@ def test_scheduled_sweeps_do_not_overlap():
     assert night["jobTemplate"]["activeDeadlineSeconds"] < 24 * 3600
     assert night["jobTemplate"]["backoffLimit"] == 0
     (line,) = [e for e in (CLUSTER / "crontab").read_text().splitlines() if not e.startswith("#")]
-    assert "flock --nonblock" in line
+    assert "--resume-or-start" in line
     assert not re.search(r"(?<!\\)%", line)  # which cron would take for a line's end
 
 
@@ -451,92 +391,56 @@ def space():
         winners=1,
     )
 """
-TOKEN = "a-token-for-this-test-alone"
-
-
-def free_ports(count):
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
-
-
-def wait_for(port, process):
-    for _ in range(120):
-        assert process.poll() is None
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-            return
-        time.sleep(1)
-    raise TimeoutError(f"nothing listens on port {port}")
 
 
 @pytest.fixture
-def token_cluster(tmp_path):
-    """The environment to reach a Ray cluster on loopback with, one that wants a token."""
-    (tmp_path / "token").write_text(TOKEN)
-    gcs, client, dashboard = free_ports(3)
-    environment = os.environ | {
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token"),
-        "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
-        "RAYTICKETS_STORAGE": str(tmp_path / "sweeps"),
-        "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db",
-        "OMP_NUM_THREADS": "1",
-        "PATH": f"{TOOLS}:{os.environ['PATH']}",
-    }
-    # As short as it goes: sockets have names of at most 107 characters.
-    folder = Path("/tmp") / f"rt{os.getpid()}"
-    head = subprocess.Popen(
-        [
-            *(TOOLS / "ray", "start", "--head", "--block", "--num-cpus=2", "--disable-usage-stats"),
-            *("--node-ip-address=127.0.0.1", f"--port={gcs}", f"--ray-client-server-port={client}"),
-            *(
-                "--dashboard-host=127.0.0.1",
-                f"--dashboard-port={dashboard}",
-                f"--temp-dir={folder}",
-            ),
-        ],
-        env=environment,
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.STDOUT,
-    )
+def head(tmp_path):
+    head = Head(tmp_path)
     try:
-        wait_for(dashboard, head)
-        yield environment
+        head.wait()
+        yield head
     finally:
-        head.terminate()
-        head.wait(60)
-        shutil.rmtree(folder, ignore_errors=True)
+        head.end()
 
 
-def submit_job(environment, *words):
+def submit_job(head, *words, **environment):
+    """Exit code and output of a job; asks again, at most five times, where nobody answered."""
     command = [TOOLS / "ray", "job", "submit", "--", sys.executable, CLUSTER / "search.py", *words]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    return done.returncode, done.stdout + done.stderr
+    for _ in range(5):
+        done = subprocess.run(
+            command,
+            env=head.environment | environment,
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        said = done.stdout + done.stderr
+        if "Failed to connect to Ray at address" not in said:
+            return done.returncode, said
+        assert head.process.poll() is None, head.said()
+        time.sleep(3)
+    raise AssertionError(f"{said}\n\n{head.said()}")
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_a_job_runs_with_the_token_and_is_refused_without(token_cluster, tmp_path):
+@pytest.mark.timeout(900)
+def test_a_job_runs_with_the_token_and_is_refused_without(head, tmp_path):
     (tmp_path / "tiny.py").write_text(SPACE)
     words = (str(tmp_path / "tiny.py"), "--name", "nightly")
-    code, said = submit_job(token_cluster | {"RAY_AUTH_MODE": "disabled"}, *words)
-    assert code == 1
+    code, said = submit_job(head, *words, RAY_AUTH_MODE="disabled")
+    assert code == 1, said
     assert "Missing authentication token" in said
 
     (tmp_path / "wrong").write_text("another-token")
-    other = token_cluster | {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "wrong")}
-    code, said = submit_job(other, *words)
-    assert code == 1
+    code, said = submit_job(head, *words, RAY_AUTH_TOKEN_PATH=str(tmp_path / "wrong"))
+    assert code == 1, said
     assert "Invalid authentication token" in said
 
-    code, said = submit_job(token_cluster, "digitz")
-    assert code == 1
+    code, said = submit_job(head, "digitz")
+    assert code == 1, said
     assert "exit code 2" in said
 
-    code, said = submit_job(token_cluster, *words)
+    code, said = submit_job(head, *words)
     assert code == 0, said
     assert len(list((tmp_path / "sweeps/nightly/tickets").iterdir())) == 2
     logs = [said, (tmp_path / "sweeps/nightly/journal.jsonl").read_text()]
@@ -557,7 +461,9 @@ class Hosts:
         one, two = (self._inner[name] for name in self.addresses)
         run(*f"ip link add cable netns {one} type veth peer name cable netns {two}".split())
         for name, address in self.addresses.items():
-            for words in (f"addr add {address}/24 dev cable", "link set cable up"):
+            # A cable goes with the host at its other end, and a host's address with its cable.
+            kept = f"addr add {address}/32 dev lo"
+            for words in (kept, f"addr add {address}/24 dev cable", "link set cable up"):
                 self.inside(name, "ip", *words.split())
             # Ray asks for the way to the world to learn its own address.
             self.inside(name, "ip", "route", "add", "default", "dev", "cable")
@@ -589,10 +495,15 @@ class Hosts:
         enter = ["nsenter", "-t", self._inner[name], "-n", "-p", "-m", "-u", f"--wd={self.folder}"]
         return run(*enter, *command, timeout=timeout, check=check)
 
+    def kill(self, name):
+        """What a host without power does: nothing, all at once."""
+        process = self._processes.pop(name)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
     def end(self):
-        for process in self._processes.values():
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+        for name in [*self._processes]:
+            self.kill(name)
 
 
 def run(*command, timeout=30, check=True):
@@ -626,10 +537,7 @@ def hosts(tmp_path):
     hosts.end()
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-@pytest.mark.skipif(not namespaces_work(), reason="needs root, namespaces, sshd and rsync")
-def test_two_hosts_over_ssh_run_a_sweep_as_typed(hosts):
+def onprem(hosts, **changes):
     """onprem.yaml as it is, but for its addresses, the key, and setup.sh, which would download."""
     config = load("onprem.yaml")
     one, two = hosts.addresses.values()
@@ -645,7 +553,20 @@ def test_two_hosts_over_ssh_run_a_sweep_as_typed(hosts):
         f"echo 'export PATH={TOOLS}:$PATH; set -a; "
         ". ~/raytickets-checkout/cluster/cluster.env; set +a' > ~/.bashrc"
     ]
-    (hosts.folder / "onprem.yaml").write_text(yaml.safe_dump(config))
+    (hosts.folder / "onprem.yaml").write_text(yaml.safe_dump(config | changes))
+
+
+needs_namespaces = pytest.mark.skipif(
+    not namespaces_work(), reason="needs root, namespaces, sshd and rsync"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@needs_namespaces
+def test_two_hosts_over_ssh_run_a_sweep_as_typed(hosts):
+    onprem(hosts)
+    one, two = hosts.addresses.values()
     (hosts.folder / "shared/tiny.py").write_text(SPACE)
 
     def ray(*words, check=True, timeout=300):
@@ -679,3 +600,59 @@ def test_two_hosts_over_ssh_run_a_sweep_as_typed(hosts):
         time.sleep(3)
     else:
         pytest.fail("the second host still runs Ray")
+
+
+LONG = SPACE.replace("(1e-4, 1e-3)", "(1e-5, 1e-4, 3e-4, 1e-3)").replace("epochs=4", "epochs=100")
+LONG = LONG.replace("StopRule(window=2, threshold=0.99)", "StopRule(window=90, threshold=0.99)")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@needs_namespaces
+def test_a_sweep_ends_on_one_host_when_the_other_is_lost(hosts):
+    start = load("onprem.yaml")["head_start_ray_commands"]
+    start[-1] = start[-1].replace("--num-cpus=0", "--num-cpus=1")
+    join = [
+        line.replace("ray start", "ray start --num-cpus=1")
+        for line in (load("onprem.yaml")["worker_start_ray_commands"])
+    ]
+    onprem(hosts, head_start_ray_commands=start, worker_start_ray_commands=join)
+    (hosts.folder / "shared/tiny.py").write_text(LONG)
+    hosts.inside("one", "ray", "up", "--yes", "onprem.yaml", timeout=300)
+
+    def joined():
+        said = hosts.inside("one", "ray", "exec", "onprem.yaml", "ray list nodes", timeout=60)
+        return said.stdout.count("ALIVE") == 2
+
+    def lines():
+        path = hosts.folder / "shared/sweeps/nightly/journal.jsonl"
+        return path.read_text().splitlines() if path.exists() else []
+
+    def on_both():
+        """Two trajectories have been checked and have not ended."""
+        events = [json.loads(line) for line in lines()]
+        open_ = {event["trajectory"] for event in events if event["event"] == "check"}
+        return len(open_ - {e["trajectory"] for e in events if e["event"] == "trajectory"}) == 2
+
+    def soon(true):
+        for _ in range(150):
+            if true():
+                return
+            time.sleep(1)
+        pytest.fail(f"{true.__name__} never came\n" + "\n".join(lines()[-5:]))
+
+    soon(joined)
+    words = ["/mnt/raytickets/tiny.py", "--name", "nightly"]
+    with ThreadPoolExecutor(1) as pool:
+        command = ["ray", "submit", "onprem.yaml", CLUSTER / "search.py", "--", *words]
+        sweep = pool.submit(hosts.inside, "one", *command, timeout=600)
+        soon(on_both)
+        hosts.kill("two")
+        said = sweep.result().stdout
+    assert "nightly: done" in said
+    events = [json.loads(line) for line in lines()]
+    assert [event for event in events if event["event"] == "retry"]
+    ends = [event["state"] for event in events if event["event"] == "trajectory"]
+    assert len(ends) == 4
+    assert "failed" not in ends
+    hosts.inside("one", "ray", "down", "--yes", "onprem.yaml", timeout=120)

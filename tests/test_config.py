@@ -177,8 +177,15 @@ def test_the_threshold_is_the_rules_own_unless_given(rule, limit):
             "retraining.weights",
         ),
         (
-            lambda: space(retraining=Retraining(epochs=5, num_workers=3)),
+            lambda: space(retraining=Retraining(epochs=5, batch_size=8, num_workers=9)),
             "retraining.num_workers",
+        ),
+        *(
+            (
+                lambda asked=asked: space(retraining=Retraining(epochs=5, num_workers=asked)),
+                "retraining.num_workers",
+            )
+            for asked in (0, (), (2,), (1, 2, 3), (0, 2), (3, 2), (1, 65), (1, None), [1, 2], "2")
         ),
         (lambda: space(penalties=()), "penalties"),
         (lambda: space(penalties=[1e-4]), "penalties"),
@@ -325,7 +332,7 @@ retrainings = st.builds(
     Retraining,
     **recipes,
     weights=st.sampled_from(["inherit", "reinit"]),
-    num_workers=st.sampled_from([None, 1, 2]),
+    num_workers=st.sampled_from([None, 1, 2, (1, 2)]),
 )
 spaces = st.builds(
     SearchSpace,

@@ -25,7 +25,8 @@ from made_up_sweep import (
 from rich.console import Console
 
 from raytickets.config import Optuna, Range
-from raytickets.console import Progress, report_table, ticket_table
+from raytickets.console import Progress, history_table, report_table, ticket_table
+from raytickets.history import history
 from raytickets.sweep import Sweep
 from raytickets.ticket import Ticket
 
@@ -324,3 +325,38 @@ def test_a_retrained_ticket_also_shows_what_it_was_retrained_to(tmp_path):
     found = rows(printed(ticket_table(Ticket(tmp_path, MANIFEST | {"retrained": done}))))
     assert found["test"] == ["87.50%"]
     assert found["validation"] == ["90.00%"]
+
+
+def test_a_worker_that_was_lost_is_a_line_and_a_note():
+    console = Console(width=80, file=io.StringIO(), color_system=None)
+    lost = {"event": "retry", "trajectory": LOW, "attempt": 2, "reason": "the worker was killed"}
+    for event in (*SEARCHED[:6], lost, lost | {"run": LARGE, "trajectory": None}):
+        progress = Progress(console, SPACE)
+        progress(event)
+    lines = screen(console).splitlines()
+    assert lines[-2] == f"{LOW}  runs again, attempt 2: the worker was killed"
+    assert lines[-1] == f"retraining {LARGE}  runs again, attempt 2: the worker was killed"
+
+
+def test_a_report_says_what_was_cut_off_and_what_ran_again(report):
+    lost = {"event": "retry", "trajectory": HIGH, "attempt": 1, "reason": "the worker was killed"}
+    cut = {"event": "end", "state": "interrupted", "reason": ""}
+    text = printed(report_table(report([*SEARCHED[:6], lost, cut])))
+    assert text.startswith("first: interrupted")
+    for line in (f"{LOW}: interrupted", f"{HIGH}: interrupted"):
+        assert line in text
+    assert f"Run again because a worker was lost: {HIGH} (1)." in text
+
+
+def test_history_shows_the_best_of_every_budget_and_marks_what_fell(tmp_path):
+    worse = [e | {"validation_accuracy": 0.9} if e.get("run") == LARGE else e for e in FINISHED]
+    for name, day, events in (("a-0001", 1, FINISHED), ("a-0002", 2, worse)):
+        started = f"2026-11-0{day}T02:00:00Z"
+        write(tmp_path / name, [OPENING | {"name": name, "started": started}, *events[1:]])
+    write(tmp_path / "a-0003", [OPENING | {"started": "2026-11-03T02:00:00Z"}])
+    text = printed(history_table("digits", history(tmp_path, "digits")))
+    found = rows(text)
+    assert found["a-0001"] == ["done", "96.2%", "98.5%", "98.5%", "98.5%"]
+    # Within 50 % of the MACs the larger ticket was better, and now it is the smaller one.
+    assert found["a-0002"] == ["done", "96.2%", "+0.0", *["96.2%", "-2.2!"] * 3]
+    assert found["a-0003"] == ["unfinished", *"----"]

@@ -292,3 +292,34 @@ def test_a_long_matrix_takes_64_checks_evenly(count):
     steps = [after - before for before, after in pairwise(checks)]
     assert min(steps) > 0
     assert max(steps) <= 2 * max(1, count / 63)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@given(stream=streams(), data=st.data())
+def test_a_window_goes_on_from_its_state(rule, stream, data):
+    width, ratios = len(stream[0]), [0.7, 0.1, 0.5]
+    kind = StopRule(rule, window=data.draw(st.integers(2, 5)))
+    whole, stopped = (MaskWindow(kind, ratios, [1, width - 1]) for _ in range(2))
+    places = data.draw(st.sets(st.integers(0, len(stream) - 1)))
+    for place, values in enumerate(stream):
+        if place in places:
+            state = stopped.state()
+            stopped = MaskWindow(kind, ratios, [1, width - 1])
+            stopped.load(state)
+        scores = torch.tensor(values).abs()
+        assert stopped.check(scores) == whole.check(scores)
+    assert stopped.matrix() == whole.matrix()
+
+
+def test_the_state_of_a_long_stream_is_small():
+    window = MaskWindow(StopRule(), [0.3, 0.6])
+    other = MaskWindow(StopRule(), [0.3, 0.6])
+    for place in range(300):
+        window.check(torch.rand(50, generator=torch.Generator().manual_seed(place)))
+    state = window.state()
+    other.load(state)
+    assert state["held"].dtype == torch.uint8
+    assert len(state["held"]) <= 128
+    scores = torch.rand(50, generator=torch.Generator().manual_seed(-1))
+    assert other.check(scores) == window.check(scores)
+    assert other.matrix() == window.matrix()

@@ -23,13 +23,14 @@ from raytickets.config import (
     Training,
 )
 from raytickets.data import load_data
+from raytickets.draw import Trajectory, cut_groups
 from raytickets.methods import Source, random_mask, retrain_alone, run_source, sources
 from raytickets.models import build_network
 from raytickets.shrink import channel_groups, mask_network, scorer, shrink
 from raytickets.sweep import select
 from raytickets.ticket import load_ticket
 from raytickets.train import SGD, accuracy, fit, seeded
-from raytickets.trajectory import Point, Trajectory, cut_groups, prepare, run_trajectory
+from raytickets.trajectory import Point, prepare, run_trajectory
 
 SPACE = SearchSpace(
     name="tiny",

@@ -3,10 +3,12 @@
 import dataclasses
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
-from made_up_sweep import SPACE
+from made_up_sweep import SPACE, write
 
+from raytickets import plan as plans
 from raytickets.config import (
     Comparison,
     Data,
@@ -20,7 +22,8 @@ from raytickets.config import (
     Training,
 )
 from raytickets.journal import Journal
-from raytickets.plan import make_plan
+from raytickets.lease import Held
+from raytickets.plan import make_plan, opened
 
 
 @pytest.fixture
@@ -87,7 +90,8 @@ def test_the_same_space_under_the_same_name_goes_on(space, tmp_path):
 def test_a_sweep_that_goes_on_keeps_the_opening_of_its_first_run(space, tmp_path):
     before = begun(space, tmp_path)
     altered = before.opening | {"versions": {"torch": "1.0"}}
-    (before.folder / "journal.jsonl").write_text(json.dumps(altered) + "\n")
+    (before.folder / "journal.jsonl").unlink()
+    write(before.folder, [altered])
     assert make_plan(space, name="first", storage=tmp_path).opening == altered
 
 
@@ -208,6 +212,57 @@ def test_a_refusal_leaves_what_was_in_the_folder(space, tmp_path):
     with pytest.raises(InputError):
         make_plan(dataclasses.replace(space, winners=1), name="first", storage=tmp_path)
     assert kept.read_text() == before
+
+
+def test_a_disk_without_room_is_refused_before_anything_starts(space, tmp_path, monkeypatch):
+    def left(megabytes):
+        monkeypatch.setattr(
+            plans.shutil, "disk_usage", lambda _: SimpleNamespace(free=megabytes * 1e6)
+        )
+
+    left(101)
+    with pytest.raises(InputError, match=r"^storage: .* needs about 102 MB .* has 101 MB left"):
+        make_plan(space, name="first", storage=tmp_path)
+    assert not (tmp_path / "first").exists()
+    left(103)
+    begun(space, tmp_path)
+    left(101)
+    make_plan(space, name="first", storage=tmp_path)
+    left(99)
+    with pytest.raises(InputError, match="has 99 MB left"):
+        make_plan(space, name="first", storage=tmp_path)
+
+
+def test_a_refused_start_leaves_no_lease_behind(space, tmp_path):
+    refused = dataclasses.replace(space, network=Network("vgg16"))
+    with pytest.raises(InputError), opened(refused, name="first", storage=tmp_path / "sweeps"):
+        pytest.fail("it was not refused")
+    assert not (tmp_path / "sweeps" / "first").exists()
+
+
+def test_a_plan_that_is_opened_holds_the_lease(space, tmp_path):
+    with opened(space, name="first", storage=tmp_path) as plan:
+        assert plan.lease.token == 1
+        with pytest.raises(Held), opened(space, name="first", storage=tmp_path):
+            pytest.fail("two hold it")
+
+
+def test_a_refusal_of_starting_anew_moves_nothing(space, tmp_path):
+    kept = begun(space, tmp_path).folder / "journal.jsonl"
+    refused = dataclasses.replace(space, network=Network("vgg16"))
+    with pytest.raises(InputError):
+        make_plan(refused, name="first", storage=tmp_path, new=True)
+    assert kept.exists()
+
+
+def test_a_series_starts_its_next_sweep_with_images_that_changed(space, tmp_path):
+    with opened(space, name="nights", storage=tmp_path, series=True) as plan:
+        write(plan.folder, [plan.opening])
+    with opened(space, name="nights", storage=tmp_path, series=True) as plan:
+        assert plan.folder.name == "nights-0001"
+    next((tmp_path / "images" / "train" / "cat").iterdir()).unlink()
+    with opened(space, name="nights", storage=tmp_path, series=True) as plan:
+        assert plan.folder.name == "nights-0002"
 
 
 def test_the_opening_of_a_comparison_tells_what_it_comes_to(space, tmp_path):

@@ -1,14 +1,24 @@
-"""Retraining: how many workers, and going on from a checkpoint after one is lost."""
+"""Retraining: shares of a batch; lost workers, drivers and machines; damaged checkpoints."""
 
 import dataclasses
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 
+import raytickets.driver  # noqa: F401 - it sets what Ray reads when it is imported
 from raytickets.config import Data, InputError, Network, Retraining, SearchSpace, Training
 from raytickets.data import load_data
 from raytickets.models import build_network
-from raytickets.retrain import Job, retrain, worker_count
+from raytickets.retrain import DENSE, RETRIES, Job, retrain, weigh, worker_count
 from raytickets.shrink import channel_groups, shrink
 from raytickets.sweep import select
 from raytickets.ticket import group_masks, load_ticket, save_ticket
@@ -22,43 +32,89 @@ SPACE = SearchSpace(
     training=Training(epochs=10),
     retraining=Retraining(epochs=3, batch_size=24, num_workers=2),
 )
+STEPS = 128 // 24
 
 
 @pytest.mark.parametrize(
     ("asked", "batch", "available", "workers"),
-    [(None, 64, 2, 2), (None, 64, 6, 4), (None, 30, 8, 6), (None, 7, 4, 1), (3, 24, 4, 3)],
+    [
+        (None, 64, 2, 2),
+        (None, 30, 7, 7),
+        (None, 7, 4, 3),
+        (None, 64, 0, 1),
+        (3, 64, 4, 3),
+        ((2, 8), 64, 4, (2, 8)),
+    ],
 )
-def test_the_most_workers_that_divide_a_batch(asked, batch, available, workers):
+def test_workers_are_what_is_there_or_what_was_asked_for(asked, batch, available, workers):
     retraining = Retraining(epochs=3, batch_size=batch, num_workers=asked)
     space = dataclasses.replace(SPACE, retraining=retraining)
     assert worker_count(space, available) == workers
 
 
-def test_more_workers_than_there_is_room_for_are_refused():
-    with pytest.raises(InputError, match=r"retraining\.num_workers: 2 .* room for 1"):
-        worker_count(SPACE, 1)
+@pytest.mark.parametrize("asked", [2, (2, 4)])
+def test_more_workers_than_there_is_room_for_are_refused(asked):
+    with pytest.raises(InputError, match=r"retraining\.num_workers: .*2.* room for 1"):
+        worker_count(SPACE.with_retraining(num_workers=asked), 1)
 
 
-FRAGILE = """
+@given(batch=st.integers(1, 40), data=st.data())
+def test_the_average_over_uneven_shares_is_the_gradient_of_the_whole_batch(batch, data):
+    world = data.draw(st.integers(1, batch))
+    generator = torch.Generator().manual_seed(batch)
+    images = torch.randn(batch, 6, generator=generator, dtype=torch.float64)
+    labels = torch.randint(4, (batch,), generator=generator)
+
+    def gradient(rank, world):
+        network = torch.nn.Linear(6, 4, bias=False, dtype=torch.float64)
+        torch.nn.init.constant_(network.weight, 0.1)
+        share = labels[rank::world]
+        weigh(network, len(share) / batch * world)
+        F.cross_entropy(network(images[rank::world]), share).backward()
+        return network.weight.grad
+
+    averaged = sum(gradient(rank, world) for rank in range(world)) / world
+    assert torch.allclose(averaged, gradient(0, 1), rtol=1e-12, atol=1e-15)
+
+
+NETWORKS = """
+import os
+import signal
 from pathlib import Path
+import torch
 from torch import nn
 from raytickets.models import cifar_vgg
 
-class Fragile(nn.Module):
-    def __init__(self, inner, step, flag):
+class Watched(nn.Module):
+    '''Writes a byte for every training step; dies at some steps of a worker, each time once.'''
+
+    def __init__(self, inner, folder, deaths):
         super().__init__()
-        self.inner, self.step, self.flag, self.steps = inner, step, flag, 0
+        self.inner, self.folder, self.steps = inner, Path(folder), 0
+        self.deaths = {tuple(death) for death in deaths}
 
     def forward(self, images):
-        self.steps += self.training
-        if self.flag and self.steps == self.step and not Path(self.flag).exists():
-            Path(self.flag).touch()
-            raise RuntimeError("lost on purpose")
+        if self.training:
+            rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+            self.steps += 1
+            with (self.folder / f"steps-{rank}").open("a") as file:
+                file.write(".")
+            flag = self.folder / f"died-{rank}-{self.steps}"
+            if (rank, self.steps) in self.deaths and not flag.exists():
+                flag.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            if (self.folder / "never").exists():
+                raise RuntimeError("there is no way")
         return self.inner(images)
 
-def network(num_classes, in_channels, step=0, flag=""):
+def network(num_classes, in_channels, folder, deaths=()):
     inner = cifar_vgg(num_classes=num_classes, in_channels=in_channels, depth=9, width=0.125)
-    return Fragile(inner, step, flag)
+    return Watched(nn.Sequential(inner, nn.Dropout(0.1)), folder, deaths)
+
+def plain(num_classes, in_channels):
+    return nn.Sequential(
+        nn.Conv2d(in_channels, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, num_classes)
+    )
 """
 
 
@@ -76,33 +132,238 @@ def ticket_of(space, dataset, folder):
             "image_size": 8,
         },
         "groups": group_masks(groups, mask, mask),
+        "min_channels": {"least": 1, "acted_on": []},
+        "round_to": 1,
+        "penalty": 1e-3,
+        "prune_ratio": 0.5,
+        "learning_rate": 0.1,
         "seed": 0,
+        "precision": "float32",
+        "stop_rule": None,
+        "draw": None,
+        "space": {"name": "tiny", "fingerprint": "f" * 64},
+        "macs": 100_000,
+        "params": 10_000,
     }
     return save_ticket(folder / "tickets", shrink(network, groups, mask), manifest)
 
 
+class Retrainings:
+    """Retrains a ticket of a network that is watched, in a sweep's folder of its own."""
+
+    def __init__(self, folder, deaths=()):
+        import ray
+
+        folder.mkdir()
+        self.folder = folder
+        (folder / "nets.py").write_text(NETWORKS)
+        options = {"folder": str(folder), "deaths": [list(death) for death in deaths]}
+        self.space = dataclasses.replace(
+            SPACE, network=Network(f"{folder}/nets.py:network", options)
+        )
+        dataset = load_data(SPACE.data)
+        self.ticket = ticket_of(self.space, dataset, folder)
+        self.data = ray.put(dataset)
+
+    def __call__(self, on_event=lambda _: None, **recipe):
+        """The events, each once."""
+        events = []
+
+        def hear(event):
+            if event not in events:
+                events.append(event)
+                on_event(event)
+
+        space = self.space.with_retraining(**recipe)
+        jobs = [Job(self.ticket.id, self.ticket.path)]
+        workers = space.retraining.num_workers
+        retrain(space, jobs, self.data, self.folder, workers, hear)
+        return events
+
+    def steps(self, rank=0):
+        return (self.folder / f"steps-{rank}").stat().st_size
+
+    def checkpoints(self):
+        return sorted((self.folder / "checkpoints").glob("*/*/*.safetensors"))
+
+    def weights(self, events):
+        (done,) = select(events, "retrained")
+        return load_ticket(self.folder / done["path"], trust_code=True).network().state_dict()
+
+
+def told(events):
+    """What does not depend on the clock or the folder."""
+    keys = ("event", "epoch", "loss", "validation_accuracy", "test_accuracy", "best_epoch")
+    return [{key: e.get(key) for key in keys} for e in events if e["event"] != "retry"]
+
+
+def assert_same(weights, others):
+    assert weights.keys() == others.keys()
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+
+
+@pytest.fixture(scope="module")
+def calm(ray_instance, tmp_path_factory):  # noqa: ARG001
+    """An undisturbed retraining: its events and its weights."""
+    undisturbed = Retrainings(tmp_path_factory.mktemp("calm") / "sweep")
+    events = undisturbed()
+    assert undisturbed.steps(0) == undisturbed.steps(1) == 3 * STEPS
+    return events, undisturbed.weights(events)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2))
+def test_a_lost_worker_costs_nothing_but_time(calm, tmp_path, seed):
+    """Final weights after a worker was killed at a random step are those of an undisturbed run."""
+    dice = random.Random(seed)
+    death = (seed % 2, dice.randint(1, 3 * STEPS))
+    disturbed = Retrainings(tmp_path / "sweep", [death])
+    events = disturbed()
+    (lost,) = select(events, "retry")
+    assert lost["run"] == disturbed.ticket.id
+    assert lost["attempt"] == 1
+    assert lost["reason"].startswith(f"worker {death[0]}: The actor"), lost
+    # A worker that was not killed may have begun the step after.
+    repeated = death[1] - (death[1] - 1) // STEPS * STEPS
+    assert 3 * STEPS + repeated - 1 <= disturbed.steps(death[0]) <= 3 * STEPS + repeated
+    assert told(events) == told(calm[0])
+    assert_same(disturbed.weights(events), calm[1])
+
+
+@pytest.mark.slow
+def test_a_driver_that_stops_goes_on_from_the_last_epoch(calm, tmp_path):
+    retraining = Retrainings(tmp_path / "sweep")
+
+    def full(event):
+        if event.get("epoch") == 2:
+            raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left"):
+        retraining(full)
+    newest = retraining.checkpoints()[-1]
+    # The workers may have come further before they were stopped.
+    epoch = int(newest.name.partition("-")[0])
+    assert epoch >= 2
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    before = retraining.steps()
+    events = retraining()
+    # The newest checkpoint is damaged: its epoch is trained again, and those after it.
+    assert retraining.steps() - before == (4 - epoch) * STEPS
+    (retry,) = select(events, "retry")
+    assert retry["attempt"] == 1
+    assert newest.name in retry["reason"]
+    assert retry["reason"].endswith(f"goes on from epoch {epoch - 1}")
+    assert told(events) == told(calm[0])
+    assert_same(retraining.weights(events), calm[1])
+
+    assert [path.name[:8] for path in retraining.checkpoints()] == ["00000004"]
+
+    # What ended is only told again, by the same recipe; another one begins at its beginning.
+    before = retraining.steps()
+    again = [event for event in retraining() if event["event"] != "retry"]
+    assert again == [event for event in events if event["event"] != "retry"]
+    assert retraining.steps() == before
+    other = retraining(epochs=2)
+    assert retraining.steps() == before + 2 * STEPS
+    assert [event["epoch"] for event in select(other, "epoch")] == [1, 2]
+    (done,) = select(other, "retrained")
+    assert done["recipe"] == json.loads(json.dumps(done["recipe"]))
+    recipe = Retraining(**done["recipe"] | {"milestones": ()})
+    assert recipe == retraining.space.with_retraining(epochs=2).retraining
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_instance")
-def test_a_lost_worker_costs_nothing_but_time(tmp_path):
-    """Final weights after a failure in the last epoch are those of an undisturbed run."""
+def test_workers_that_get_nowhere_are_given_up(tmp_path):
+    retraining = Retrainings(tmp_path / "sweep")
+    (retraining.folder / "never").touch()
+    events = []
+    with pytest.raises(Exception, match="there is no way"):
+        retraining(events.append, num_workers=1)
+    assert [event["event"] for event in events] == ["retry"] * RETRIES
+    assert [event["attempt"] for event in events] == [1, 2]
+    assert events[0]["reason"] == "worker 0: RuntimeError: there is no way"
+    assert retraining.steps() == 1 + RETRIES
+    (retraining.folder / "never").unlink()
+    with pytest.raises(Exception, match=f"{retraining.ticket.id} diverged in epoch 1"):
+        retraining(events.append, num_workers=1, learning_rate=1e30)
+    assert len(events) == RETRIES
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_instance")
+def test_two_workers_with_uneven_shares_train_as_one(tmp_path):
     import ray
 
-    (tmp_path / "fragile.py").write_text(FRAGILE)
-    dataset = load_data(SPACE.data)
-    data, steps = ray.put(dataset), 128 // 24
-    flag = tmp_path / "lost"
-    weights, epochs = [], []
-    for name, options in (("calm", {}), ("lost", {"step": 2 * steps + 2, "flag": str(flag)})):
-        network = Network(f"{tmp_path}/fragile.py:network", options)
-        space = dataclasses.replace(SPACE, network=network)
-        ticket = ticket_of(space, dataset, tmp_path / name)
+    (tmp_path / "nets.py").write_text(NETWORKS)
+    network = Network(f"{tmp_path}/nets.py:plain")  # BatchNorm has statistics for each worker.
+    space = dataclasses.replace(SPACE, network=network, precision="float32")
+    data = ray.put(load_data(SPACE.data))
+    losses = []
+    for workers in (1, 2):
+        one = space.with_retraining(batch_size=25, num_workers=workers)
         events = []
-        jobs = [Job(ticket.id, ticket.path)]
-        retrain(space, jobs, data, tmp_path / name, 2, events.append)
-        (done,) = select(events, "retrained")
-        retrained = load_ticket(tmp_path / name / done["path"], trust_code=True)
-        weights.append(retrained.network().state_dict())
-        epochs.append([event["epoch"] for event in select(events, "epoch")])
-    assert flag.exists()
-    assert epochs == [[1, 2, 3], [1, 2, 3]]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+        folder = tmp_path / str(workers)
+        retrain(one, [Job(DENSE, None)], data, folder, workers, events.append)
+        assert [event["num_workers"] for event in events] == [workers] * 4
+        assert events[-1]["path"] is None
+        losses.append([event["loss"] for event in events[:-1]])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[0][0] > 1.1 * losses[0][-1]
+
+
+RESIZED = """
+import json, sys, threading
+from pathlib import Path
+from raytickets.driver import ray
+from ray.cluster_utils import Cluster
+from raytickets.config import *
+from raytickets.data import load_data
+from raytickets.retrain import DENSE, Job, retrain, worker_count
+
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+other = cluster.add_node(num_cpus=1)
+ray.init(address=cluster.address, log_to_driver=False)
+asked = {"pair": (1, 2), "any": None}[sys.argv[2]]
+space = SearchSpace(
+    name="tiny",
+    network=Network("cifar_vgg", {"depth": 9, "width": 0.125}),
+    data=Data("digits", limit=128),
+    penalties=(1e-3,),
+    prune_ratios=(0.5,),
+    training=Training(epochs=10),
+    retraining=Retraining(epochs=40, batch_size=25, num_workers=asked),
+)
+
+def hear(event):
+    print(json.dumps(event), flush=True)
+    if event["event"] == "epoch" and event["epoch"] == 3:
+        threading.Thread(target=cluster.remove_node, args=(other, False)).start()
+
+workers = worker_count(space, 2)
+retrain(space, [Job(DENSE, None)], ray.put(load_data(space.data)), Path(sys.argv[1]), workers, hear)
+ray.shutdown()
+cluster.shutdown()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("asked", ["pair", "any"])
+def test_a_lost_machine_leaves_a_smaller_group(tmp_path, asked):
+    """Two nodes of Ray, one of which is removed in the middle."""
+    command = [sys.executable, "-c", RESIZED, str(tmp_path), asked]
+    # How long a group waits for its workers before it is counted again what there is.
+    env = {**os.environ, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=580, env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [line for line in done.stdout.splitlines() if line.startswith('{"event"')]
+    events = [json.loads(line) for line in lines]
+    assert select(events, "retry")
+    sizes = {event["epoch"]: event["num_workers"] for event in select(events, "epoch")}
+    assert list(sizes) == list(range(1, 41))
+    assert [sizes[1], sizes[40]] == [2, 1]
+    assert select(events, "retrained")[0]["num_workers"] == 1
+    assert Path(tmp_path / "checkpoints" / DENSE).exists()

@@ -9,7 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from raytickets import study
-from raytickets.config import Optuna, Range, SearchSpace
+from raytickets.config import Data, Network, Optuna, Range, SearchSpace
 from raytickets.journal import Event
 from raytickets.runs import Run, Runs
 
@@ -20,9 +20,9 @@ DENSE = made_up.ticket_id("dense", 0.0, 0)
 
 def runs_of(events: list[Event], folder: Path, found: dict[str, Run] | None = None) -> Runs:
     runs = Runs(folder, events[0], found or {})
-    for index in range(len(events)):
-        runs.add(events[index], events[: index + 1])
-    runs.summarise(events)
+    for event in events:
+        runs.add(event)
+    runs.summarise()
     return runs
 
 
@@ -209,3 +209,70 @@ def test_what_has_ended_in_mlflow_keeps_its_files(tmp_path: Path):
     runs = runs_of(FINISHED, tmp_path, found).all
     assert runs[source].files == runs[EARLY_BIRD].files == {}
     assert last(runs[EARLY_BIRD])["test_accuracy"] == 0.975
+
+
+def test_retries_are_counted_and_their_reasons_shown(tmp_path: Path):
+    low, id = made_up_sweep.LOW, made_up_sweep.LARGE
+    reasons = ["its worker was killed", "it ran out of memory"]
+    retries = [
+        {"event": "retry", "trajectory": low, "attempt": attempt, "reason": reason}
+        for attempt, reason in enumerate(reasons, 1)
+    ]
+    events = [
+        made_up_sweep.OPENING,
+        *retries,
+        made_up_sweep.ticket(low, id, 0.3, 10, 0.9),
+        {"event": "retry", "run": id, "attempt": 1, "reason": "rank 1 was lost"},
+        {"event": "retry", "run": "dense", "attempt": 1, "reason": "rank 0 was lost"},
+    ]
+    runs = runs_of(events, tmp_path).all
+    for key, lines in ((low, reasons), (id, ["rank 1 was lost"]), ("dense", ["rank 0 was lost"])):
+        assert last(runs[key])["retries"] == len(lines)
+        assert runs[key].tags["raytickets.retry_reasons"] == "\n".join(lines)
+        assert runs[key].wanted == "RUNNING"
+
+
+def test_what_had_no_end_when_the_sweep_ended_is_interrupted(tmp_path: Path):
+    end: Event = {"event": "end", "state": "interrupted", "reason": "SIGTERM"}
+    cut = [event for event in made_up_sweep.SEARCHED if event["event"] != "trajectory"][:7]
+    runs = runs_of([*cut, end], tmp_path).all
+    assert runs["sweep"].wanted == "KILLED"
+    assert "**Interrupted**: SIGTERM" in runs["sweep"].tags["mlflow.note.content"]
+    for key in (made_up_sweep.LOW, made_up_sweep.HIGH):
+        assert runs[key].wanted == "KILLED"
+        assert runs[key].tags["raytickets.state"] == "interrupted"
+    runs = runs_of([*cut, end, *made_up_sweep.FINISHED[len(cut) :]], tmp_path).all
+    assert {run.wanted for run in runs.values()} == {"FINISHED"}
+    assert runs[made_up_sweep.LOW].tags["raytickets.state"] == "not converged"
+
+
+def test_the_points_follow_from_the_journal_however_it_is_sent(tmp_path: Path):
+    events = made_up_sweep.FINISHED
+    at_once = runs_of(events, tmp_path).all
+    runs = Runs(tmp_path, events[0], {})
+    for event in events:
+        runs.add(event)
+        if event["event"] == "winners":
+            runs.summarise()
+    for key, run in runs.all.items():
+        assert run.metrics == at_once[key].metrics
+        assert len({metric[:3] for metric in run.metrics}) == len(run.metrics)
+
+
+def test_no_password_of_a_url_reaches_mlflow(tmp_path: Path):
+    kept = "postgresql://me:${PASSWORD}@host/study"
+    space = dataclasses.replace(
+        PROPOSED,
+        data=Data(source="folder", path="https://me:hidden@host/images?token=hidden"),
+        network=Network(
+            "mine:net", {"source": "s3://key:hid/den@bucket", "n": ["ftp://a:hidden@b"]}
+        ),
+        optuna=dataclasses.replace(PROPOSED.optuna, storage=kept),
+    )
+    opening = made_up_sweep.OPENING | {"space": space.as_dict()}
+    runs = runs_of([opening, *proposed()[1:-1]], tmp_path).all
+    for run in runs.values():
+        told = str([run.params, run.tags, run.files.get("space.json")])
+        assert "hid" not in told
+    assert runs["sweep"].params["optuna.storage"] == kept
+    assert runs["sweep"].params["network.options.source"] == "s3://key:***@bucket"

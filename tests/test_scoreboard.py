@@ -17,9 +17,14 @@ from made_up_comparison import (
 )
 from rich.console import Console
 
-from raytickets.comparison import report
+from raytickets import comparison
 from raytickets.paper import PUBLISHED
 from raytickets.scoreboard import Scoreboard, comparison_table, paper_table
+
+
+def report(events, interrupted=(), retries=()):
+    """As `Sweep.report` has it."""
+    return comparison.report(events) | {"interrupted": interrupted, "retries": dict(retries)}
 
 
 def printed(content, width=80):
@@ -96,6 +101,19 @@ def test_a_report_of_an_unfinished_comparison_says_what_is_owed():
     assert text.startswith("duel: unfinished")
     assert "dense, prune ratio 0: 3 of 3 seeds are not done." in text
     assert "Energy: not known yet." in text
+
+
+def test_a_report_says_what_was_cut_off_and_what_ran_again():
+    found = report(finished(), ["early_bird-seed2"], {"snip-seed0": 2})
+    text = printed(comparison_table(found))
+    assert "early_bird-seed2: interrupted" in text
+    assert "Run again because a worker was lost: snip-seed0 (2)." in text
+
+
+def test_a_worker_that_was_lost_is_told_of():
+    lost = {"event": "retry", "trajectory": "snip-seed0", "attempt": 1, "reason": "killed"}
+    said = "snip-seed0  runs again, attempt 1: killed"
+    assert said in shown([*finished(), lost])
 
 
 def test_failures_are_printed_as_they_stand():

@@ -1,14 +1,21 @@
 """Which MLflow store is used, where it is shown, and that one which cannot be used is refused."""
 
 import socket
+import threading
 import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import made_up_sweep
 import pytest
+from made_up_sweep import HIGH, LARGE, OPENING, SMALL, retrained, ticket
 from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
 
 from raytickets.config import InputError
-from raytickets.tracking import prepare_store, resolve_uri, tickets_address, ui_command
+from raytickets.store import prepare_store, resolve_uri
+from raytickets.tracking import Tracker, tickets_address, ui_command
 
 
 def test_the_store_is_the_one_given_or_of_the_environment_or_in_the_working_folder(
@@ -41,18 +48,134 @@ def test_the_address_is_of_the_tickets_of_a_sweep(tmp_path: Path):
 
 def test_a_store_that_cannot_be_used_is_refused_in_one_line_and_at_once(tmp_path: Path):
     (tmp_path / "file").write_text("not a database")
+    for uri in (
+        f"sqlite:///{tmp_path}/file/mlflow.db",
+        f"sqlite:///{tmp_path}/file",
+        "sqlite://",
+        "ftp://host",
+        str(tmp_path / "mlruns"),
+        "http://",
+        "http://host:port",
+        "https://:5000/mlflow",
+    ):
+        started = time.monotonic()
+        with pytest.raises(InputError, match="tracking_uri: ") as caught:
+            prepare_store(uri)
+        assert time.monotonic() - started < 5
+        assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def answering() -> Iterator[str]:
+    """A server whose answer to everything is the status that the address's path names."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            status = int(self.path.split("/")[1])
+            body = b"<html>" if status == 200 else b""
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_server_that_answers_but_never_will_as_it_should_is_refused(answering: str):
+    for status, why in ((401, "asks for credentials"), (403, "refuses"), (404, "as MLflow does")):
+        with pytest.raises(InputError, match=why) as caught:
+            prepare_store(f"http://me:hidden@{answering}/{status}")
+        assert "hidden" not in str(caught.value)
+    with pytest.raises(InputError, match="as MLflow does"):
+        prepare_store(f"http://{answering}/200")
+
+
+def test_a_server_that_does_not_answer_now_is_no_bad_input(answering: str):
     with socket.socket() as deaf:
         deaf.bind(("127.0.0.1", 0))
-        for uri in (
-            f"sqlite:///{tmp_path}/file/mlflow.db",
-            f"sqlite:///{tmp_path}/file",
-            "sqlite://",
-            "ftp://host",
-            str(tmp_path / "mlruns"),
-            f"http://127.0.0.1:{deaf.getsockname()[1]}",
+        port = deaf.getsockname()[1]
+        for place, why in (
+            (f"127.0.0.1:{port}", "refused"),
+            ("nowhere.invalid:5000", "nowhere.invalid"),
+            (f"{answering}/503", "error 503"),
+            (f"{answering}/429", "error 429"),
         ):
-            started = time.monotonic()
-            with pytest.raises(InputError, match="tracking_uri: ") as caught:
-                prepare_store(uri)
-            assert time.monotonic() - started < 5
-            assert "\n" not in str(caught.value)
+            said = prepare_store(f"http://me:hidden@{place}")
+            assert said is not None
+            assert said.startswith(f"MLflow at http://{place} does not answer (")
+            assert why in said
+            assert "hidden" not in said
+            assert "\n" not in said
+
+
+def test_no_password_is_shown():
+    assert ui_command("http://me:hidden@host:5000") == "http://host:5000"
+    assert "hidden" not in ui_command("postgresql://me:hidden@host/mlflow")
+
+
+def champion(client: MlflowClient) -> ModelVersion:
+    return client.get_model_version_by_alias("raytickets-digits", "champion")
+
+
+@pytest.mark.slow
+def test_the_champion_is_replaced_by_what_is_better_and_not_heavier_alone(tmp_path: Path):
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    assert prepare_store(uri) is None
+    client = MlflowClient(uri)
+
+    def finish(name: str, winners: list[tuple[str, int, float]], state: str = "done") -> None:
+        """A sweep with these winners: id, MACs and test accuracy, 0.01 above in validation."""
+        events = [
+            OPENING | {"name": name},
+            *(ticket(HIGH, id, 0.3, macs, 0.9) for id, macs, _ in winners),
+            {"event": "winners", "tickets": [id for id, _, _ in winners]},
+            *(retrained(id, macs, 10, accuracy) for id, macs, accuracy in winners),
+            {"event": "end", "state": state, "reason": ""},
+        ]
+        if not (tmp_path / name).exists():
+            made_up_sweep.write(tmp_path / name, events)
+            made_up_sweep.write_tickets(tmp_path / name, events)
+        tracker = Tracker(uri, tmp_path / name)
+        for event in events:
+            tracker.write(event)
+        assert tracker.close() is None
+
+    finish("failed", [(LARGE, 900, 0.99)], state="failed")
+    assert not client.search_registered_models()
+    first = [(SMALL, 500, 0.9), (LARGE, 1000, 0.95)]
+    finish("first", first)
+    found = champion(client)
+    assert found.tags == {
+        "raytickets.ticket": LARGE,
+        "raytickets.sweep": "first",
+        "raytickets.validation_accuracy": str(0.95 - 0.01),
+        "raytickets.test_accuracy": "0.95",
+        "raytickets.macs": "1000",
+    }
+    run = client.get_run(str(found.run_id))
+    assert run.data.tags["raytickets.run"] == LARGE
+    assert found.source == f"runs:/{found.run_id}/retrained"
+    path = client.download_artifacts(run.info.run_id, "retrained", str(tmp_path))
+    weights = (Path(path) / "ticket.safetensors").read_text()
+    assert weights == f"weights of retrained/{LARGE}"
+    finish("first", first)
+    finish("better but heavier", [(LARGE, 1001, 0.99)])
+    finish("lighter but worse", [(LARGE, 10, 0.94)])
+    assert int(champion(client).version) == int(found.version) == 1
+    finish("lighter", [(LARGE, 1001, 0.99), (SMALL, 990, 0.95)])
+    assert champion(client).tags["raytickets.sweep"] == "lighter"
+    assert champion(client).tags["raytickets.ticket"] == SMALL
+    finish("first", first)
+    versions = client.search_model_versions("name='raytickets-digits'")
+    assert sorted(int(version.version) for version in versions) == [1, 2]
+    assert int(champion(client).version) == 2
+    client.delete_model_version_tag("raytickets-digits", "2", "raytickets.macs")
+    finish("a person's choice stays", [(SMALL, 1, 1.0)])
+    assert int(champion(client).version) == 2

@@ -155,17 +155,31 @@ def test_what_seems_to_run_is_settled_from_the_journal(tmp_path):
     begun = check("trial1-seed0", 1.0, {"0.3": None, "0.5": None})
     events = [OPENING, *TICKETS, ended("drawn"), begun]
     again = opened(space(), tmp_path)
-    study.settle(again, space(), events)
+    study.settle(again, space(), events, tmp_path / "checkpoints")
     assert states(again) == [TrialState.COMPLETE, TrialState.FAIL, TrialState.FAIL]
     assert again.trials[0].values == study.outcome(space(), DENSE, TICKETS)
     assert study.cut_off(again, space(), events) == [points[1]]
+
+
+def test_what_has_a_checkpoint_and_has_not_ended_keeps_running(tmp_path):
+    before = opened(space(), tmp_path)
+    points = [study.ask(before, space()) for _ in range(3)]
+    for point in points[:2]:
+        (tmp_path / "checkpoints" / point.id).mkdir(parents=True)
+    begun = check(points[1].id, 1.0, {"0.3": None, "0.5": None})
+    events = [OPENING, *TICKETS, ended("drawn"), begun]
+    again = opened(space(), tmp_path)
+    study.settle(again, space(), events, tmp_path / "checkpoints")
+    assert states(again) == [TrialState.COMPLETE, TrialState.RUNNING, TrialState.FAIL]
+    assert study.running(again, space()) == [points[1]]
+    assert study.cut_off(again, space(), events) == []
 
 
 def test_only_the_trials_of_these_numbers_are_settled(tmp_path):
     shared = opened(space(), tmp_path)
     for _ in range(2):
         shared.ask()
-    study.settle(shared, space(), [OPENING], {1})
+    study.settle(shared, space(), [OPENING], tmp_path / "checkpoints", {1})
     assert states(shared) == [TrialState.RUNNING, TrialState.FAIL]
 
 

@@ -25,12 +25,15 @@ from made_up_sweep import (
 
 from raytickets import comparison
 from raytickets.config import InputError
-from raytickets.sweep import Sweep
+from raytickets.sweep import Sweep, standing
 
 ROW = {
     *("run", "path", "penalty", "prune_ratio", "seed", "draw_epoch", "macs", "params"),
     *("proof_accuracy", "validation_accuracy", "test_accuracy", "train_macs", "relative_cost"),
 }
+
+
+CUT = {"event": "end", "state": "interrupted", "reason": ""}
 
 
 @pytest.fixture
@@ -168,6 +171,9 @@ def test_a_report_names_every_ticket_and_trajectory_and_is_plain_json(sweep):
         (FINISHED, "done"),
         ([*SEARCHED, {"event": "end", "state": "failed", "reason": "lost"}], "failed"),
         ([*SEARCHED, {"event": "end", "state": "failed", "reason": ""}, FINISHED[-1]], "done"),
+        ([*SEARCHED[:5], CUT], "interrupted"),
+        ([*SEARCHED[:5], CUT, *SEARCHED[5:]], "unfinished"),
+        ([*FINISHED, retrained(MIDDLE, 900_000, 1, 0.9)], "done"),  # by hand
     ],
 )
 def test_the_state_is_how_the_sweep_last_ended(sweep, events, state):
@@ -221,6 +227,48 @@ def test_a_folder_that_is_no_sweep_is_refused(tmp_path, journal, said):
 
 def test_a_comparisons_folder_has_its_own_report(tmp_path):
     compared = Sweep(write(tmp_path / "duel", made_up_comparison.finished()))
-    assert compared.report() == comparison.report(compared.events())
+    found = comparison.report(compared.events())
+    assert compared.report() == found | {"interrupted": [], "retries": {}}
     assert compared.space() == made_up_comparison.COMPARED
     assert compared.failures() == []
+
+
+def test_what_had_not_ended_when_its_sweep_did_is_interrupted(sweep):
+    assert sweep(SEARCHED[:10]).report()["interrupted"] == []  # It still runs.
+    assert sweep([*SEARCHED[:10], CUT]).report()["interrupted"] == [LOW]
+    assert (
+        sweep([*SEARCHED[:10], CUT, *SEARCHED[10:], *FINISHED[-1:]]).report()["interrupted"] == []
+    )
+
+
+def test_retries_are_counted_by_what_ran_again(sweep):
+    lost = {"event": "retry", "attempt": 1, "reason": "the worker died"}
+    again = [{"trajectory": LOW}, {"trajectory": LOW}, {"run": LARGE}]
+    found = sweep([*SEARCHED, *(lost | who for who in again)]).report()["retries"]
+    assert found == {LOW: 2, LARGE: 1}
+
+
+def test_a_sweep_that_goes_on_says_what_is_done_and_what_is_not():
+    assert standing([OPENING]) == ""
+    assert standing(SEARCHED[:10]) == (
+        "found here: 1 trajectories ended, 3 tickets, 0 networks retrained;"
+        f" to go on: {LOW} was at epoch 8"
+    )
+    failed = trajectory(HIGH, "failed", 0, {"0.3": "failed", "0.5": "failed"}, "worker died")
+    assert standing([*SEARCHED[:9], failed]).endswith(f"{LOW} was at epoch 8; {HIGH} failed")
+    assert standing(FINISHED) == (
+        "found here: 2 trajectories ended, 3 tickets, 3 networks retrained"
+    )
+    many = [check(f"trial{number}-seed0", 2.0, {}) for number in range(8)]
+    assert standing([OPENING, *many]).endswith("trial4-seed0 was at epoch 2; 3 more")
+
+
+def test_a_sweep_at_an_address_is_read_from_its_local_copy(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAYTICKETS_WORK", str(tmp_path))
+    found = Sweep("s3://bucket/sweeps/first")
+    assert found.path == tmp_path / "raytickets/remote/s3/bucket/sweeps/first"
+    found.path.parent.mkdir(parents=True)
+    write(tmp_path / "plain", [OPENING]).rename(found.path)
+    assert found.opening() == OPENING
+    with pytest.raises(InputError, match="must be a folder, or one of s3://"):
+        Sweep("ftp://bucket/sweeps/first")

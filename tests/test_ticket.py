@@ -1,13 +1,16 @@
 """A ticket is whole or not there, says when it was altered, and rebuilds the same network."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 
+from raytickets import storage
 from raytickets.config import InputError, Network
 from raytickets.masks import from_text
 from raytickets.models import build_network
@@ -21,6 +24,7 @@ from raytickets.ticket import (
     load_ticket,
     save_retrained,
     save_ticket,
+    ticket_folder,
 )
 
 VGG = Network("cifar_vgg", {"depth": 9, "width": 0.125})
@@ -44,9 +48,18 @@ def manifest_of(groups, mask, spec=VGG, cut=None):
             "image_size": 8,
         },
         "groups": group_masks(groups, mask, mask if cut is None else cut),
+        "min_channels": {"least": 1, "acted_on": []},
         "round_to": 1,
-        "precision": "float32",
+        "penalty": 1e-3,
+        "prune_ratio": 0.5,
+        "learning_rate": 0.1,
         "seed": 0,
+        "precision": "float32",
+        "stop_rule": {"rule": "corrected", "window": 5, "threshold": 0.2, "distances": [0.1] * 4},
+        "draw": {"check": 8, "epoch": 8},
+        "space": {"name": "digits", "fingerprint": "f" * 16},
+        "macs": 350_000,
+        "params": 35_000,
     }
 
 
@@ -114,6 +127,74 @@ def test_a_damaged_ticket_is_written_again(ticket):
     assert load_ticket(again.path).id == ticket.id
 
 
+def test_a_manifest_that_could_not_be_read_again_is_not_written(tmp_path):
+    network, groups, mask = shrunk_network()
+    manifest = manifest_of(groups, mask) | {"macs": "many"}
+    with pytest.raises(ValueError, match=r"manifest\.macs cannot be 'many'"):
+        save_ticket(tmp_path, network, manifest)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_what_a_killed_writer_left_goes_at_a_later_save_if_it_is_old(ticket):
+    young, old = (ticket.path.parent / f".writing-{name}" for name in ("young", "old"))
+    for path in (young, old):
+        path.mkdir()
+        (path / WEIGHTS).write_bytes(b"half")
+    yesterday = time.time() - 2 * 86_400
+    os.utime(old, (yesterday, yesterday))
+    network, groups, mask = shrunk_network(seed=1)
+    save_ticket(ticket.path.parent, network, manifest_of(groups, mask))
+    assert young.is_dir()
+    assert not old.exists()
+
+
+def test_a_full_disk_leaves_nothing_and_is_named(ticket, monkeypatch):
+    def full(path):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr("raytickets.ticket._sync", full)
+    network, groups, mask = shrunk_network(seed=1)
+    with pytest.raises(OSError, match="No space left"):
+        save_ticket(ticket.path.parent, network, manifest_of(groups, mask))
+    assert [path.name for path in ticket.path.parent.iterdir()] == [ticket.id]
+
+
+def test_a_ticket_is_kept_once_it_is_in_place_and_fetched_before_it_is_read(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(storage, "keep", lambda path: told.append(("keep", load_ticket(path).id)))
+    monkeypatch.setattr(storage, "fetch", lambda path: told.append(("fetch", path.name)) or path)
+    network, groups, mask = shrunk_network()
+    saved = save_ticket(tmp_path, network, manifest_of(groups, mask))
+    assert told == [("fetch", saved.id), ("keep", saved.id)]
+    save_ticket(tmp_path, network, manifest_of(groups, mask))  # its upload may have been cut off
+    assert told[-1] == ("keep", saved.id)
+
+
+@pytest.mark.parametrize("spec", [Network("resnet18"), Network("regnet_x_400mf"), VGG])
+def test_a_network_is_put_together_without_its_dense_weights(tmp_path, spec):
+    dense = build_network(spec, in_channels=3, num_classes=10, seed=0)
+    groups = channel_groups(dense, torch.zeros(1, 3, 32, 32))
+    mask = torch.tensor([place % 2 == 0 for group in groups for place in range(group.width)])
+    manifest = manifest_of(groups, mask, spec)
+    manifest["network"] |= {"in_channels": 3, "image_size": 32}
+    shrunk = shrink(dense, groups, mask)
+    loaded = save_ticket(tmp_path, shrunk, manifest).network()
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(loaded(images), shrunk.eval()(images))
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+    loaded.train()(images).sum().backward()
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["../x", "/etc", "tickets/..", f"tickets/{'1' * 16}/..", f"tickets/{'1' * 16}\n", 3, None],
+)
+def test_an_event_cannot_name_a_place_outside_the_sweep(tmp_path, place):
+    with pytest.raises(DamagedTicket, match="not the place of a ticket"):
+        ticket_folder(tmp_path, place)
+    assert ticket_folder(tmp_path, f"retrained/{'1' * 16}").parent.parent == tmp_path
+
+
 @pytest.mark.parametrize("name", [WEIGHTS, MANIFEST])
 @pytest.mark.parametrize("place", [0, 40, -1])
 def test_a_flipped_bit_is_noticed(ticket, name, place):
@@ -163,7 +244,11 @@ def test_a_manifest_of_another_form_is_refused(ticket, change):
 
 
 def test_masks_that_do_not_fit_the_network_are_refused(ticket):
-    path = altered(ticket, lambda m: m["groups"][0].update(mask=m["groups"][0]["mask"] + "1"))
+    def longer(manifest):
+        group = manifest["groups"][0]
+        group.update(mask=group["mask"] + "1", cut=group["cut"] + "1")
+
+    path = altered(ticket, longer)
     with pytest.raises(DamagedTicket, match="channel groups"):
         load_ticket(path).network()
 
@@ -178,6 +263,7 @@ def test_code_named_by_a_ticket_runs_only_when_trusted(ticket, tmp_path, monkeyp
         load_ticket(path, trust_code=True).network()
 
 
+@pytest.mark.slow
 def test_no_pickle_is_opened_on_the_ticket_path(ticket):
     watched = """
 import sys

@@ -460,8 +460,9 @@ def test_a_dead_server_neither_blocks_nor_fails_the_sweep(tmp_path: Path):
     owed = tracker.close()
     assert time.monotonic() - started < 10
     assert owed is not None
-    assert owed.startswith(f"{len(events)} events did not reach MLflow: ")
+    assert owed.startswith(f"{len(events)} events did not reach MLflow (")
     assert "refused" in owed
+    assert owed.endswith(f"deliver them with: raytickets sync {tmp_path}")
 
 
 def test_events_wait_for_a_store_that_comes_back(

@@ -280,3 +280,19 @@ def test_steps_smaller_than_bfloat16_can_tell_are_not_lost():
         optimizer.step(1e-4)
     assert network.weight.float().mean().item() == pytest.approx(0.99, abs=1e-3)
     assert network.weight.float().std() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_optimizer_goes_on_from_its_state(dtype):
+    whole = small_network().to(dtype)
+    stopped, how = copy.deepcopy(whole), Numerics(torch.device("cpu"), dtype, False, weights=dtype)
+    first, second = SGD(whole, 0.9, 1e-2), SGD(stopped, 0.9, 1e-2)
+    for network, optimizer in ((whole, first), (stopped, second)):
+        train(network, optimizer, batches(), [0.1] * 5, how)
+    state = {name: tensor.clone() for name, tensor in second.state().items()}
+    second = SGD(stopped, 0.9, 1e-2)
+    second.load(state)
+    for network, optimizer in ((whole, first), (stopped, second)):
+        train(network, optimizer, batches(), [0.1] * 5, how)
+    weights = stopped.state_dict()
+    assert all(torch.equal(weights[name], other) for name, other in whole.state_dict().items())

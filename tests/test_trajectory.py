@@ -4,17 +4,19 @@ import dataclasses
 import math
 import subprocess
 import sys
+from itertools import chain
 
 import pytest
 import torch
+from torch import nn
 
-from raytickets import cost, trajectory
+from raytickets import checkpoint, cost, trajectory
 from raytickets.config import Data, Network, Proof, Retraining, SearchSpace, StopRule, Training
 from raytickets.data import load_data
 from raytickets.journal import Journal
 from raytickets.sweep import select
 from raytickets.ticket import load_ticket
-from raytickets.trajectory import Point, grid, prepare, prove, run_trajectory
+from raytickets.trajectory import Point, grid, prepare, run_trajectory
 
 SPACE = SearchSpace(
     name="tiny",
@@ -242,17 +244,6 @@ def test_the_grid_has_a_trajectory_for_each_penalty_and_seed():
     assert math.isclose(points[0].penalty, 1e-4)
 
 
-def test_a_later_rung_proves_again_from_the_draw_with_twice_the_macs(drawn, dataset):
-    folder, events = drawn
-    setting = prepare(SPACE, dataset, folder)
-    for ticket in select(events, "ticket"):
-        first, second = (prove(setting, folder / ticket["path"], rung) for rung in (1, 2))
-        assert first["proof_accuracy"] == ticket["proof_accuracy"]
-        assert first["proof_macs"] == ticket["proof_macs"]
-        assert second["proof_macs"] == pytest.approx(2 * first["proof_macs"], rel=0.05)
-        assert (second["event"], second["ticket"], second["rung"]) == ("proof", ticket["ticket"], 2)
-
-
 def test_checks_within_an_epoch_draw_within_an_epoch(dataset, tmp_path):
     rule = StopRule(checks_per_epoch=4)
     events = events_of(dataclasses.replace(SPACE, stop_rule=rule), dataset, tmp_path)
@@ -311,3 +302,170 @@ def test_a_trajectory_is_about_to_draw_when_a_distance_is_near_the_limit(drawn):
         assert check["about_to_draw"] == bool(near)
         last |= dict.fromkeys(near, True)
     assert all(last.values())
+
+
+def with_dropout(*, num_classes, in_channels):
+    return nn.Sequential(
+        nn.Conv2d(in_channels, 12, 3),
+        nn.BatchNorm2d(12),
+        nn.ReLU(),
+        nn.Dropout(0.3),
+        nn.Conv2d(12, 16, 3),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(16, num_classes),
+    )
+
+
+LOW = {"dtype": torch.bfloat16, "weights": torch.bfloat16}
+SHORT = dataclasses.replace(
+    SPACE,
+    data=dataclasses.replace(SPACE.data, limit=128),
+    training=dataclasses.replace(SPACE.training, epochs=8),
+    stop_rule=StopRule(threshold=0.5),
+)
+STOPPED = {
+    "plain": ({}, {}),
+    "bfloat16": ({"prune_ratios": (0.6,)}, LOW),
+    "within": ({"stop_rule": StopRule(threshold=0.5, checks_per_epoch=2)}, {}),
+    "epi": ({"stop_rule": StopRule("epi", 3, threshold=0.5)}, {}),
+    "dropout": (
+        {
+            "network": Network("test_trajectory:with_dropout"),
+            "stop_rule": StopRule(threshold=0.5, checks_per_epoch=2),
+        },
+        {},
+    ),
+}
+
+
+def setting_of(space, dataset, folder, how=None):
+    setting = prepare(space, dataset, folder)
+    return dataclasses.replace(
+        setting, numerics=dataclasses.replace(setting.numerics, **(how or {}))
+    )
+
+
+def timeless(lists):
+    """The events of the lists, but for what differs from run to run."""
+    return [
+        {name: value for name, value in event.items() if name != "seconds"}
+        for events in lists
+        for event in events
+    ]
+
+
+def stopped(setting, lists, point=None):
+    """What a trajectory yields until it is stopped after so many lists."""
+    steps = run_trajectory(setting, point or Point(1e-3, 0))
+    told = [next(steps) for _ in range(lists)]
+    steps.close()
+    return told
+
+
+def stopped_again_and_again(name, tmp_path, every):
+    changes, how = STOPPED[name]
+    space = dataclasses.replace(SHORT, **changes)
+    dataset = load_data(space.data)
+    whole = list(run_trajectory(setting_of(space, dataset, tmp_path / "a", how), Point(1e-3, 0)))
+    assert whole[-1][-1]["event"] == "trajectory"
+    assert select(chain.from_iterable(whole), "ticket")
+    setting = setting_of(space, dataset, tmp_path / "b", how)
+    for lists in [*range(every, len(whole), every), len(whole)]:
+        torch.rand(lists)  # whatever else the process has drawn
+        told = stopped(setting, lists)
+        assert timeless(told) == timeless(whole[:lists])
+    seconds = [event["seconds"] for event in select(chain.from_iterable(told), "check")]
+    assert seconds == sorted(seconds)
+
+
+@pytest.mark.parametrize("name", STOPPED)
+def test_a_trajectory_that_was_stopped_is_as_one_that_never_was(tmp_path, name):
+    stopped_again_and_again(name, tmp_path, every=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STOPPED)
+def test_a_trajectory_stopped_after_every_check_is_as_one_that_never_was(tmp_path, name):
+    stopped_again_and_again(name, tmp_path, every=1)
+
+
+@pytest.fixture(scope="module")
+def few():
+    return load_data(SHORT.data)
+
+
+def test_going_on_trains_only_what_is_left(few, tmp_path, monkeypatch):
+    first, original = [], trajectory.fit
+
+    def fit(*given, **options):
+        first.append(options["first"])
+        return original(*given, **options)
+
+    monkeypatch.setattr(trajectory, "fit", fit)
+    setting = setting_of(SHORT, few, tmp_path)
+    for lists in (3, 5, 7):
+        stopped(setting, lists)
+    assert first == [0, 2, 4]
+    for changes in (
+        {"proof": dataclasses.replace(SHORT.proof, budget=0.4)},
+        {"network": Network("cifar_vgg", {"depth": 9, "width": 0.25})},
+    ):
+        stopped(setting_of(dataclasses.replace(SHORT, **changes), few, tmp_path), 2)
+    other = dataclasses.replace(few, fingerprint="other")
+    stopped(setting_of(SHORT, other, tmp_path), 2)
+    stopped(setting_of(SHORT, few, tmp_path, LOW), 2)
+    stopped(setting, 1, Point(1e-3, 0, changes={"training.epochs": 5}))
+    monkeypatch.setattr(trajectory, "package_versions", lambda: {"torch": "other"})
+    stopped(setting, 1)
+    assert first[3:] == [0] * 6
+
+
+def test_a_trajectory_that_ended_tells_it_again_without_training(few, tmp_path, monkeypatch):
+    setting = setting_of(SHORT, few, tmp_path)
+    whole = list(run_trajectory(setting, Point(1e-3, 0)))
+    (file,) = (tmp_path / "checkpoints" / "penalty0.001-seed0").iterdir()
+    assert not checkpoint.load(file.parent).tensors
+    monkeypatch.setattr(trajectory, "fit", lambda *_, **__: pytest.fail("it was trained again"))
+    assert list(run_trajectory(setting, Point(1e-3, 0))) == whole
+
+
+@pytest.mark.parametrize(("spared", "epoch"), [(1, 3), (0, 0)])
+def test_a_damaged_checkpoint_is_told_of(few, tmp_path, spared, epoch):
+    setting = setting_of(SHORT, few, tmp_path)
+    whole = list(run_trajectory(setting_of(SHORT, few, tmp_path / "whole"), Point(1e-3, 0)))
+    stopped(setting, 5)
+    folder = tmp_path / "checkpoints" / "penalty0.001-seed0"
+    newest, previous = checkpoint.generations(folder)
+    for name in (newest, previous)[: 2 - spared]:
+        content = bytearray((folder / name).read_bytes())
+        content[-1] ^= 1
+        (folder / name).write_bytes(content)
+    (retry,), *told = run_trajectory(setting, Point(1e-3, 0))
+    assert retry == {
+        "event": "retry",
+        "trajectory": "penalty0.001-seed0",
+        "attempt": 1,
+        "reason": f"its newest checkpoint was damaged; it went on from epoch {epoch}",
+    }
+    assert timeless(told) == timeless(whole)
+
+
+def test_a_lost_ticket_is_drawn_again(few, tmp_path):
+    setting = setting_of(SHORT, few, tmp_path)
+    whole = list(run_trajectory(setting, Point(1e-3, 0)))
+    ticket = tmp_path / select(chain.from_iterable(whole), "ticket")[0]["path"]
+    (ticket / "ticket.safetensors").write_bytes(b"torn")
+    assert timeless(run_trajectory(setting, Point(1e-3, 0))) == timeless(whole)
+    assert load_ticket(ticket).id == ticket.name
+
+
+def test_a_trajectory_that_cannot_write_its_checkpoint_says_why(few, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        list(run_trajectory(setting_of(SHORT, few, tmp_path), Point(1e-3, 0)))

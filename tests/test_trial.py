@@ -1,12 +1,9 @@
 """What a trial reports to Ray Tune."""
 
-import dataclasses
-
 import pytest
 import torch
 
 from raytickets import load_space, trial
-from raytickets.config import Resources
 from raytickets.trial import Trial
 
 
@@ -29,7 +26,39 @@ def test_trials_that_share_a_gpu_share_its_memory(monkeypatch, tmp_path, gpus, g
     asked, devices = [], []
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", asked.append)
     monkeypatch.setattr(trial, "prepare", lambda *given: devices.append(given[-1]))
-    space = dataclasses.replace(load_space("digits"), resources=Resources(gpus_per_trial=gpus))
-    Trial.setup(Trial.__new__(Trial), {"prover": 0}, space, None, tmp_path, None)
+    space = load_space("digits")
+    Trial.setup(Trial.__new__(Trial), {"wait": 1}, space, None, tmp_path, 1, gpus)
     assert asked == guards
     assert devices == ["cuda" if gpus else "cpu"]
+
+
+def steps_of(*lists):
+    trial = Trial.__new__(Trial)
+    trial._steps = iter(lists)
+    return trial
+
+
+def event(kind, **fields):
+    return {"event": kind, "validation_accuracy": 0.2, "about_to_draw": False} | fields
+
+
+def test_a_trial_is_done_with_the_last_event_of_its_job_or_when_there_are_no_more():
+    for last in ("trajectory", "proof", "retrained"):
+        assert steps_of([event(last)]).step()["done"]
+    trial = steps_of([event("check", epoch=1.0)], [])
+    assert [trial.step()["done"] for _ in range(3)] == [False, False, True]
+
+
+def test_of_events_that_are_told_again_at_once_the_last_check_counts():
+    told = [event("check", epoch=1.0), event("check", epoch=2.0, validation_accuracy=0.7)]
+    assert steps_of(told).step()["accuracy"] == 0.7
+
+
+def test_a_worker_without_a_job_reports_nothing(monkeypatch):
+    slept = []
+    monkeypatch.setattr(trial.time, "sleep", slept.append)
+    worker = Trial.__new__(Trial)
+    worker._setting = None
+    assert worker.reset_config({"wait": 5})
+    assert worker.step() == {"events": [], "done": False}
+    assert slept == [5]

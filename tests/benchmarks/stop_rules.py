@@ -30,12 +30,13 @@ from torch import Tensor, nn
 
 from raytickets.config import Data, Network, Retraining, Rule, SearchSpace, Training
 from raytickets.data import load_data
+from raytickets.draw import Setting, cut_groups
 from raytickets.earlybird import MaskWindow
 from raytickets.methods import penalty
 from raytickets.shrink import gammas, scorer, shrink
 from raytickets.spaces import load_space
 from raytickets.train import SGD, accuracy, fit, seeded
-from raytickets.trajectory import Setting, cut_groups, dense_network, prepare
+from raytickets.trajectory import dense_network, prepare
 
 RULES: tuple[Rule, ...] = get_args(Rule)
 END = "end of the budget"

@@ -24,6 +24,7 @@ from raytickets.data import load_data
 from raytickets.driver import ray
 from raytickets.journal import Journal
 from raytickets.plan import make_plan
+from raytickets.room import Room
 from raytickets.sweep import Sweep
 from raytickets.trajectory import grid, prepare, run_trajectory
 from raytickets.trial import Trial
@@ -44,7 +45,7 @@ SPACE = SearchSpace(
 class Synthetic(Trial):
     """A trial with nothing to train."""
 
-    def setup(self, config, space, dataset, sweep, queue):  # noqa: ARG002
+    def setup(self, config, **given):  # noqa: ARG002
         self.reset_config(config)
 
     def reset_config(self, new_config):
@@ -52,7 +53,8 @@ class Synthetic(Trial):
         check = {"event": "check", "trajectory": point.id, "epoch": 1.0, "train_macs": 0}
         check |= {"seconds": 0.0, "validation_accuracy": None, "about_to_draw": False}
         end = {"event": "trajectory", "trajectory": point.id, "state": "not converged"}
-        self._steps = iter([[check], [check], [check], [check], [check, end]])
+        checks = [[check | {"check": number}] for number in range(1, 6)]
+        self._steps = iter([*checks[:-1], [*checks[-1], end]])
         return True
 
 
@@ -67,7 +69,8 @@ def run_search(space: SearchSpace, slots: int, hear) -> None:
             hear(event)
 
         data = ray.put(plan.dataset)
-        tuner.run_search(space, Sweep(plan.folder), data, slots, tell)
+        room = Room(cpus=1, gpus=0.0, slots=slots, most=slots, workers=slots)
+        tuner.run_search(space, Sweep(plan.folder), data, room, tell)
 
 
 def cpu_of_trials() -> float:

@@ -1,0 +1,278 @@
+"""Connecting to Ray, and what there is room for on it."""
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from ipaddress import ip_address
+from socket import create_connection
+from typing import Any
+from urllib.parse import urlsplit
+
+import ray
+from ray._private import ray_constants
+from ray._private.authentication.authentication_utils import is_token_auth_enabled
+from ray.autoscaler.sdk import request_resources
+from ray.autoscaler.v2.utils import is_autoscaler_v2
+from ray.core.generated import autoscaler_pb2
+from ray.exceptions import RayError
+from ray.experimental.internal_kv import internal_kv_get_gcs_client
+
+from raytickets.config import InputError, SearchSpace
+
+DEADLINE_S = 1800.0
+"""How long no machine at all may come, unless RAYTICKETS_DEADLINE_S says: from launching one to
+having installed everything on it."""
+_LOOK_S = 1.0
+_ANSWER_S = 30.0
+
+log = logging.getLogger("raytickets")
+
+
+class NoRoom(TimeoutError):
+    """No machine with room for a trial came before the deadline."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """What one trial takes, and how many fit."""
+
+    cpus: int
+    gpus: float
+    slots: int
+    """Trials that fit now."""
+    most: int
+    """Trials worth asking for at once: `slots`, or more on a cluster that can grow."""
+    workers: int
+    """GPUs now if a trial takes any, else CPUs: what retraining has."""
+
+
+@contextlib.contextmanager
+def connected(
+    space: SearchSpace, address: str | None = None, wanted: int | None = None
+) -> Iterator[Room]:
+    """Ray, and what there is room for on it; Ray is left again if it was not connected before.
+
+    Ray is at `address`, else at RAY_ADDRESS, else started here and listens on loopback alone.
+    `wanted` is how many trials there are to do; None are the trajectories of a sweep. Where a
+    cluster has no room yet but can grow, waits for its first machine with room, at most
+    `RAYTICKETS_DEADLINE_S` seconds. Raises InputError if no Ray answers, if it listens off loopback
+    without a token, and if no machine that it has or can get has what one trial takes; NoRoom if
+    none came by the deadline.
+    """
+    deadline = _deadline()
+    started = not ray.is_initialized()
+    if started:
+        address = _connect(address)
+    try:
+        autoscaler = _Autoscaler(expected=started and address != "local")
+        wanted = trajectory_count(space) if wanted is None else wanted
+        yield _room(space, wanted, deadline, autoscaler)
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def trajectory_count(space: SearchSpace) -> int:
+    if space.optuna is not None:
+        return space.optuna.trajectories
+    return len(space.penalties) * len(space.seeds)
+
+
+def _deadline() -> float:
+    given = os.environ.get("RAYTICKETS_DEADLINE_S")
+    try:
+        seconds = DEADLINE_S if given is None else float(given)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise InputError("RAYTICKETS_DEADLINE_S", given, "must be a number of seconds, at least 0")
+    return seconds
+
+
+# Connecting
+
+
+def _connect(address: str | None) -> str:
+    """The address, once connected to Ray there; `local` if it was started here."""
+    field = "address" if address else "RAY_ADDRESS"
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    if address == "local":
+        with _loopback():
+            _init(address, include_dashboard=False)
+        return address
+    place = urlsplit(f"//{address}")
+    if "://" in address:
+        allowed = "must be auto or host:port; from elsewhere: ray job submit (cluster/README.md)"
+        raise InputError(field, address, allowed)
+    try:
+        if place.port:
+            # Ray itself waits for minutes for a head node that is not there.
+            create_connection((place.hostname, place.port), timeout=5).close()
+        with _loopback() if _is_loopback(place.hostname or "") else contextlib.nullcontext():
+            _init(address)
+    except (OSError, ValueError, RuntimeError, RayError) as error:
+        first = (str(error).strip() or repr(error)).splitlines()[0]
+        raise InputError(field, address, f"no Ray cluster answers ({first})") from error
+    hosts = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+    open_to_all = sorted(host for host in hosts if not _is_loopback(host))
+    if open_to_all and not is_token_auth_enabled():
+        ray.shutdown()
+        mode = os.environ.get("RAY_AUTH_MODE")
+        allowed = f"must be token, as Ray listens on {open_to_all[0]} (see cluster/README.md)"
+        raise InputError("RAY_AUTH_MODE", mode, allowed)
+    return address
+
+
+def _init(address: str, include_dashboard: bool | None = None) -> None:
+    ray.init(
+        address,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        include_dashboard=include_dashboard,
+    )
+
+
+@contextlib.contextmanager
+def _loopback() -> Iterator[None]:
+    # Else Ray takes the machine's address where it is told 127.0.0.1.
+    kept = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = kept
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+# Room
+
+
+def _room(space: SearchSpace, wanted: int, deadline: float, autoscaler: "_Autoscaler") -> Room:
+    cpus, gpus = space.resources.cpus_per_trial, space.resources.gpus_per_trial
+    try:
+        if gpus is None:
+            one = {"CPU": cpus, "GPU": 1.0}
+            gpus = 1.0 if _slots(one) or autoscaler.can_bring(one, 1) else 0.0
+        needed = {"CPU": float(cpus)} | ({"GPU": gpus} if gpus else {})
+        slots = _slots(needed)
+        if not slots and autoscaler.can_bring(needed, 1) is False:
+            _refuse(needed)
+        most = autoscaler.most(needed, slots, wanted)
+        if not slots:
+            autoscaler.can_bring(needed, most)  # The last number asked for may have been too many.
+            slots = _wait(needed, deadline)
+    finally:
+        autoscaler.withdraw()
+    kind = "GPU" if gpus else "CPU"
+    workers = int(sum(node.get(kind, 0) for node in _machines()))
+    return Room(cpus, gpus, slots, max(slots, most), workers)
+
+
+def _machines() -> list[dict[str, float]]:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _slots(needed: Mapping[str, float]) -> int:
+    """How many trials that need this fit on the machines there are."""
+    return sum(
+        min(int(machine.get(kind, 0) / amount) for kind, amount in needed.items())
+        for machine in _machines()
+    )
+
+
+def _refuse(needed: Mapping[str, float]) -> None:
+    most = {kind: max(machine.get(kind, 0) for machine in _machines()) for kind in needed}
+    lacking = [kind for kind, amount in needed.items() if amount > most[kind]]
+    if len(lacking) != 1:
+        allowed = "no machine of the cluster has all of this, nor can it get one that does"
+        raise InputError("resources", {k: f"{amount:g}" for k, amount in needed.items()}, allowed)
+    kind = lacking[0]
+    amount = needed[kind]
+    allowed = f"no machine of the cluster has over {most[kind]:g}, nor can it get one that does"
+    field = f"resources.{kind.lower()}s_per_trial"
+    raise InputError(field, int(amount) if amount == int(amount) else amount, allowed)
+
+
+def _wait(needed: Mapping[str, float], deadline: float) -> int:
+    """The number of trials that fit once a machine has room."""
+    what = ", ".join(f"{amount:g} {kind}" for kind, amount in needed.items())
+    begun, told = time.monotonic(), float("-inf")
+    while not (slots := _slots(needed)):
+        waited = time.monotonic() - begun
+        if waited >= deadline:
+            raise NoRoom(
+                f"no machine with {what} came within {deadline:g} s (RAYTICKETS_DEADLINE_S)"
+            )
+        if waited - told >= 60:
+            log.warning(f"waiting for a machine with {what}: {waited:.0f} of {deadline:g} s")
+            told = waited
+        time.sleep(_LOOK_S)
+    return slots
+
+
+class _Autoscaler:
+    """What the cluster's autoscaler can bring, by asking it.
+
+    For a request that its `max_workers` cannot hold it brings nothing at all, and says so. What it
+    was asked for outlives this process until it is withdrawn. The first autoscaler of Ray, which
+    `RAY_enable_autoscaler_v2=0` stands for, does not say.
+    """
+
+    def __init__(self, expected: bool):
+        """`expected` is whether the cluster may have one that has not told of itself yet."""
+        told = _status().autoscaling_state.autoscaler_state_version > 0
+        self._answers = told or (expected and is_autoscaler_v2(True, internal_kv_get_gcs_client()))
+        self._expected, self._asked = expected, False
+
+    def can_bring(self, needed: Mapping[str, float], count: int) -> bool | None:
+        """Whether so many would fit, what there is included; they are on their way if so.
+
+        None if nobody says, on a cluster that may grow nevertheless.
+        """
+        if self._answers:
+            request_resources(bundles=[dict(needed)] * count)
+            self._asked = True
+            asked = _status().cluster_resource_state.cluster_resource_state_version
+            deadline = time.monotonic() + _ANSWER_S
+            while time.monotonic() < deadline:
+                told = _status().autoscaling_state
+                if told.last_seen_cluster_resource_state_version >= asked:
+                    return not told.infeasible_cluster_resource_constraints
+                time.sleep(_LOOK_S)
+            self._answers = False
+        return None if self._expected else False
+
+    def most(self, needed: Mapping[str, float], slots: int, wanted: int) -> int:
+        """How many of `wanted` would fit, found by halving; all of them if nobody says."""
+        if wanted <= slots or self.can_bring(needed, slots + 1) is False:
+            return slots
+        low, high, tried = slots + 1, wanted, wanted
+        while low < high:
+            if self.can_bring(needed, tried) is False:
+                high = tried - 1
+            else:
+                low = tried
+            tried = (low + high + 1) // 2
+        return low
+
+    def withdraw(self) -> None:
+        if self._asked:
+            request_resources(bundles=[])
+
+
+def _status() -> Any:
+    """The message GetClusterStatusReply of Ray's autoscaler.proto."""
+    reply = autoscaler_pb2.GetClusterStatusReply()  # pyright: ignore[reportAttributeAccessIssue]
+    client = internal_kv_get_gcs_client()
+    assert client is not None
+    reply.ParseFromString(client.get_cluster_status(timeout_s=10))
+    return reply

@@ -1,0 +1,216 @@
+"""Jobs of a crew: handed out once, again when a worker is lost, alone when memory ran out."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import raytickets.driver  # which sets what Ray reads when it is imported
+from raytickets import crew
+from raytickets.crew import Job, RayActorManager, Searcher, Work, _Asked, _Crew, _Ended, why
+from raytickets.room import Room
+
+exceptions = raytickets.driver.ray.exceptions
+RayActorError, RayTaskError = exceptions.RayActorError, exceptions.RayTaskError
+
+DEATH = (
+    "The actor died unexpectedly before finishing this task.\n\tclass_name: Trial\n"
+    "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR Worker "
+    "exit detail: Worker unexpectedly exits with a connection error code 2. End of file. Some "
+    "common causes include: (1) the process was killed by the OOM killer due to high memory usage."
+)
+KILLED = (
+    "1 worker(s) were killed due to the node running low on memory. Memory on the node was 6.91GB "
+    "used / 23.54GB limit\nTo see more information about memory usage, use `ray logs`"
+)
+
+
+class List(Work):
+    """So many jobs, without a sweep."""
+
+    keeps_workers = True
+
+    def __init__(self, count):
+        self.jobs = [Job("trajectory", str(number), {"job": number}) for number in range(count)]
+        self.told, self.done, self.failed = [], [], []
+
+    @property
+    def ready(self):
+        return bool(self.jobs)
+
+    def next(self):
+        return self.jobs.pop(0)
+
+    def tell(self, event):
+        self.told.append(event)
+
+    def complete(self, job):
+        self.done.append(job.id)
+
+    def fail(self, job, reason):
+        self.failed.append((job.id, reason))
+
+
+def room(slots=2, most=2):
+    return Room(cpus=1, gpus=0.0, slots=slots, most=most, workers=slots)
+
+
+def crew_of(count, **given):
+    work = List(count)
+    return work, _Crew(work, room(**given))
+
+
+def test_every_job_is_handed_out_once_and_all_is_over_when_the_last_has_ended():
+    work, crew = crew_of(2)
+    assert [crew.suggest(name) for name in "abc"] == [{"job": 0}, {"job": 1}, None]
+    crew.complete("a")
+    assert not crew.over
+    crew.complete("b")
+    assert crew.over
+    assert work.done == ["0", "1"]
+    assert _Asked(crew).suggest("d") == Searcher.FINISHED
+
+
+def test_a_job_whose_worker_is_lost_runs_again_three_times_and_then_fails():
+    work, crew = crew_of(1)
+    for attempt in range(1, 5):
+        assert crew.suggest(str(attempt)) == {"job": 0}
+        crew.lost(str(attempt), "lost", "gone")
+    assert [event["attempt"] for event in work.told] == [1, 2, 3]
+    assert work.told[0] == {"event": "retry", "trajectory": "0", "attempt": 1, "reason": "gone"}
+    assert work.failed == [("0", "gone")]
+    assert crew.over
+
+
+def test_what_a_job_raised_fails_it_at_once():
+    work, crew = crew_of(1)
+    crew.suggest("a")
+    crew.lost("a", "raised", "ValueError: no")
+    assert (work.told, work.failed) == ([], [("0", "ValueError: no")])
+
+
+def test_what_ran_out_of_memory_runs_once_more_when_nothing_else_does():
+    work, crew = crew_of(3)
+    assert [crew.suggest(name) for name in "ab"] == [{"job": 0}, {"job": 1}]
+    crew.lost("a", "memory", "too much")
+    assert crew.suggest("c") == {"job": 2}
+    crew.complete("b")
+    assert crew.suggest("d") is None
+    crew.complete("c")
+    assert crew.suggest("e") == {"job": 0}
+    work.jobs.append(Job("run", "late", {"job": 9}))
+    assert crew.suggest("f") is None
+    crew.lost("e", "memory", "too much again")
+    assert work.failed == [("0", "too much again")]
+    assert crew.suggest("g") == {"job": 9}
+
+
+def test_a_worker_without_a_job_waits_for_one_and_leaves_off_when_there_is_one():
+    work, crew = crew_of(2)
+    for name in "ab":
+        crew.suggest(name)
+        crew.begun(name)
+    assert crew.suggest("no worker is free") is None
+    crew.complete("a")
+    assert crew.suggest("c") == {"wait": 0.2}
+    ended, result = _Ended(crew), {"config": {"wait": 0.2}}
+    assert not ended("c", result)
+    work.jobs.append(Job("run", "late", {"job": 9}))
+    assert ended("c", result)
+    assert not ended("b", {"config": {"job": 1}})
+    crew.complete("c")
+    assert crew.suggest("d") == {"job": 9}
+    assert ended("e", result)  # for that job has no worker yet
+    crew.begun("d")
+    assert not ended("e", result)
+    for name in "bd":
+        crew.complete(name)
+    assert ended.stop_all()
+
+
+def test_a_cluster_that_can_grow_gets_idle_workers_back():
+    _, crew = crew_of(2, most=8)
+    crew.suggest("a")
+    crew.suggest("b")
+    crew.complete("a")
+    assert crew.suggest("c") is None
+
+
+def test_a_worker_that_dies_without_a_job_is_no_loss():
+    work, crew = crew_of(1)
+    crew.lost("waits", "lost", "gone")
+    assert work.told == work.failed == []
+
+
+def failed(tmp_path: Path, error: Exception, pickled: bool = True):
+    """A trial of Tune's with its files as Tune writes them."""
+    (tmp_path / "error.txt").write_text(f"Failure # 1 (occurred at noon)\n{error}\n")
+    (tmp_path / "error.pkl").write_bytes(crew.cloudpickle.dumps(error))
+    return SimpleNamespace(
+        error_file=tmp_path / "error.txt",
+        pickled_error_file=tmp_path / "error.pkl" if pickled else None,
+    )
+
+
+def raised(error: Exception) -> Exception:
+    text = f"Traceback (most recent call last):\n{type(error).__name__}: {error}"
+    return RayTaskError("step", text, error).as_instanceof_cause()
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "reason"),
+    [
+        (
+            raised(OSError(28, "No space left on device", "/data/x")),
+            *("raised", "OSError: [Errno 28] No space left on device: '/data/x'"),
+        ),
+        (raised(ValueError("bad\nand more")), "raised", "ValueError: bad"),
+        (raised(RuntimeError("CUDA out of memory")), "raised", "RuntimeError: CUDA out of memory"),
+        (raised(MemoryError()), "memory", "MemoryError"),
+        (
+            raised(RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")),
+            *("memory", "RuntimeError: DefaultCPUAllocator: can't allocate memory: 9 bytes"),
+        ),
+        (
+            exceptions.ActorDiedError(
+                RayTaskError("__init__", "Traceback\nValueError: no", ValueError("no"))
+            ),
+            *("raised", "ValueError: no"),
+        ),
+        (
+            RayActorError(error_msg=DEATH),
+            "lost",
+            "its worker was lost: Worker unexpectedly exits with a connection error code 2. "
+            "End of file.",
+        ),
+        (
+            RayActorError(error_msg=KILLED),
+            "memory",
+            f"its worker was killed: {KILLED.splitlines()[0]}",
+        ),
+    ],
+)
+def test_why_a_trial_failed_is_told_in_one_line(tmp_path, error, kind, reason):
+    assert why(failed(tmp_path, error)) == (kind, reason)
+
+
+def test_a_worker_that_could_not_be_placed_was_lost(tmp_path):
+    error = exceptions.ActorUnschedulableError("its node is dead")
+    told = why(failed(tmp_path, error, pickled=False))
+    assert told == ("lost", "its worker was lost: The actor is not schedulable: its node is dead")
+
+
+def test_tune_goes_on_when_a_worker_is_killed_for_its_memory(monkeypatch):
+    """As Ray tells of it: by an error that is not that of an actor."""
+    heard, killed = [], exceptions.OutOfMemoryError(KILLED)
+    task = SimpleNamespace(
+        _tracked_actor=SimpleNamespace(actor_id=1, _on_error=None),
+        _on_error=lambda _, error: heard.append(error),
+    )
+    monkeypatch.setattr(RayActorManager, "_cleanup_actor", lambda *_, **__: None)
+    manager = RayActorManager(SimpleNamespace())
+    with pytest.raises(RuntimeError, match="Caught unexpected exception"):
+        crew._tell_of_error(manager, task, killed)
+    crew._tell_of_any_error(manager, task, killed)
+    assert isinstance(heard[0], RayActorError)
+    assert str(heard[0]) == KILLED
