@@ -25,7 +25,13 @@ def ray_instance():
     """The one Ray of the whole test run."""
     from raytickets.driver import ray  # which first sets what Ray reads when it is imported
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    ray.init(
+        "local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
     yield
     ray.shutdown()
 

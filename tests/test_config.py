@@ -56,7 +56,7 @@ def test_what_is_left_out_has_a_usable_value():
     assert (made.round_to, made.precision, made.channels_last) == (8, "auto", True)
     assert made.data.loading == "auto"
     assert made.seeds == (0,)
-    assert made.resources == Resources(cpus_per_trial=1, gpus_per_trial=0)
+    assert made.resources == Resources(cpus_per_trial=1, gpus_per_trial=None)
 
 
 @pytest.mark.parametrize(
