@@ -151,7 +151,7 @@ def _paper(name: str | None, storage: str) -> int:
     if name is None:
         Console().print(paper_table(paper.PUBLISHED))
         return 0
-    report = Sweep(place(storage) / name).report()
+    report = Sweep(place(storage) / name).fetched().report()
     if report["kind"] != "comparison":
         raise InputError("name", name, "must be a comparison, and this is a sweep")
     Console().print(paper_table(paper.published_for(report), report))
@@ -246,6 +246,9 @@ def show(ticket: Ticket, *, json: bool = False) -> int:
 
     try:
         found = load_ticket(_ticket(ticket))
+        named = found.manifest["network"]["name"]
+        if named.startswith("timm/") or ":" not in named:  # Own code is not run for it.
+            found.network()
     except DamagedTicket as error:
         raise InputError("ticket", ticket, str(error)) from error
     if json:
@@ -354,7 +357,8 @@ def spaces() -> int:
 
 def _sweep(given: str) -> Sweep:
     path = place(given)
-    return Sweep(path if path.is_dir() or path.is_absolute() else Path(STORAGE, given))
+    found = Sweep(path if path.is_dir() or path.is_absolute() else Path(STORAGE, given))
+    return found.fetched()
 
 
 def _ticket(given: str) -> Path:

@@ -102,7 +102,7 @@ def _numbered(series: Path) -> tuple[str | None, str]:
 def _is_over(sweep: Sweep) -> bool:
     """It is done, or has failed twice: what fails every time is not to keep the next one away."""
     try:
-        states = [event["state"] for event in select(sweep.events(), "end")]
+        states = [event["state"] for event in select(sweep.fetched().events(), "end")]
     except InputError:  # It has no journal yet, or one that is to be mended first.
         return False
     return states[-1:] == ["done"] or states.count("failed") > 1

@@ -9,7 +9,7 @@ from typing import Any
 from raytickets import comparison, storage
 from raytickets.config import InputError, SearchSpace
 from raytickets.halving import proved
-from raytickets.journal import Event, read_journal
+from raytickets.journal import NAME, Event, read_journal
 
 
 def place(given: str | Path) -> Path:
@@ -34,12 +34,20 @@ class Sweep:
     def name(self) -> str:
         return self.path.name
 
+    def fetched(self) -> "Sweep":
+        """The same with the newest journal, if it is kept at an address: others may go on there."""
+        storage.fetch_journal(self.path / NAME)
+        return self
+
     def events(self) -> list[Event]:
         """The journal, oldest first; InputError if the folder holds none."""
         try:
             return read_journal(self.path)
-        except OSError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             allowed = "must be the folder of a sweep, which holds journal.jsonl"
+            raise InputError("sweep", storage.address(self.path), allowed) from error
+        except OSError as error:
+            allowed = f"its journal cannot be read: {error}"
             raise InputError("sweep", storage.address(self.path), allowed) from error
         except ValueError as error:
             allowed = f"its journal is damaged: {error}; the command that began it mends it"
