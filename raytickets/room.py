@@ -46,7 +46,7 @@ class Room:
     most: int
     """Trials worth asking for at once: `slots`, or more on a cluster that can grow."""
     workers: int
-    """GPUs now if a trial takes any, else CPUs: what retraining has."""
+    """What retraining has when the sweep starts: `workers_now`."""
 
 
 @contextlib.contextmanager
@@ -172,9 +172,13 @@ def _room(space: SearchSpace, wanted: int, deadline: float, autoscaler: "_Autosc
             slots = _wait(needed, deadline)
     finally:
         autoscaler.withdraw()
+    return Room(cpus, gpus, slots, max(slots, most), workers_now(gpus))
+
+
+def workers_now(gpus: float) -> int:
+    """GPUs that the cluster has now if a trial takes any, else CPUs."""
     kind = "GPU" if gpus else "CPU"
-    workers = int(sum(node.get(kind, 0) for node in _machines()))
-    return Room(cpus, gpus, slots, max(slots, most), workers)
+    return int(sum(machine.get(kind, 0) for machine in _machines()))
 
 
 def _machines() -> list[dict[str, float]]:

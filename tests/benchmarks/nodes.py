@@ -4,9 +4,9 @@
 
 2,000 trajectories of 10 checks and 5 tickets each are 32,000 events and 10,000 tickets. Real are
 the journal with its syncs, Ray Tune with the crew that hands out work, and MLflow's SQLite store;
-each is given as many of the trajectories as fit into its seconds. Made up are the trajectories: workers
-tell their events at once, and train nothing. Not simulated: nodes (all workers are processes of
-this machine), the network, and retraining.
+each is given as many of the trajectories as fit into its seconds. Made up are the trajectories:
+workers tell their events at once, and train nothing. Not simulated: nodes (all workers are
+processes of this machine), the network, and retraining.
 """
 
 import json
