@@ -24,7 +24,7 @@ mkdir -p "$RAYTICKETS_STORAGE" /mnt/raytickets/data
 "$environment/bin/pip" install --quiet --upgrade uv
 cd "$checkout"
 "$environment/bin/uv" pip install --quiet --python "$environment/bin/python" \
-    --torch-backend auto . "ray[default]" "$@"
+    --torch-backend auto ".[cluster]" "$@"
 
 if ! grep -q raytickets-env ~/.bashrc; then
     cat >>~/.bashrc <<EOF

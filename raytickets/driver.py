@@ -34,7 +34,7 @@ from raytickets.journal import Event, Journal, mend_journal
 from raytickets.lease import Held, Lease, hold
 from raytickets.plan import Plan, opened
 from raytickets.retrain import DENSE, Job, retrain, worker_count
-from raytickets.room import NoRoom, Room, connected
+from raytickets.room import NoRoom, Room, connected, workers_now
 from raytickets.sweep import Sweep, select
 from raytickets.ticket import load_ticket
 from raytickets.tuner import run_search
@@ -122,8 +122,8 @@ def run(
     wanted = source_count(plan.opening) if compared else None
     cluster = connected(space, address, wanted)
     with _running(cluster, plan.folder, lease, tracking_uri, observer) as (room, told):
-        # A comparison retrains each ticket in one process.
-        workers = 1 if compared else worker_count(space, room.workers)
+        if not compared:  # A comparison retrains each ticket in one process.
+            worker_count(space, room.workers, grows=room.most > room.slots)
         tell = told if compared or not space.optuna else _with_study(plan, told)
         cause = None
         try:
@@ -134,7 +134,7 @@ def run(
                 run_contest(space, sweep, data, room, tell)
             else:
                 run_search(space, sweep, data, room, tell)
-                _retrain_winners(space, sweep, data, workers, room, tell)
+                _retrain_winners(space, sweep, data, room, tell)
         except Held:
             raise
         except KeyboardInterrupt:
@@ -339,7 +339,6 @@ def _retrain_winners(
     space: SearchSpace,
     sweep: Sweep,
     data: "ray.ObjectRef[DataSet]",
-    workers: int | tuple[int, int],
     room: Room,
     tell: Callable[[Event], None],
 ) -> None:
@@ -353,4 +352,6 @@ def _retrain_winners(
     jobs += [Job(event["ticket"], sweep.path / event["path"]) for event in winners]
     done = {event["run"] for event in select(events, "retrained")}
     if jobs := [job for job in jobs if job.run not in done]:
+        # Machines may have come and gone since the sweep began.
+        workers = worker_count(space, workers_now(room.gpus), grows=room.most > room.slots)
         retrain(space, jobs, data, sweep.path, workers, tell, use_gpu=room.gpus > 0)

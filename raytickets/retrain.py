@@ -58,16 +58,18 @@ class Job:
     path: Path | None
 
 
-def worker_count(space: SearchSpace, available: int) -> int | tuple[int, int]:
+def worker_count(
+    space: SearchSpace, available: int, grows: bool = False
+) -> int | tuple[int, int]:
     """Workers to retrain with, or the least and the most, as the space asks for.
 
     `available` counts the CPUs, or the GPUs if there are any. Raises InputError if the space asks
-    for more.
+    for more, unless the cluster grows.
     """
     asked = space.retraining.num_workers
     if asked is None:
         return max(min(available, space.retraining.batch_size // 2), 1)
-    if (asked if isinstance(asked, int) else asked[0]) > available:
+    if (asked if isinstance(asked, int) else asked[0]) > available and not grows:
         allowed = f"the cluster has room for {available}"
         raise InputError("retraining.num_workers", asked, allowed)
     return asked
