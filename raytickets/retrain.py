@@ -58,9 +58,7 @@ class Job:
     path: Path | None
 
 
-def worker_count(
-    space: SearchSpace, available: int, grows: bool = False
-) -> int | tuple[int, int]:
+def worker_count(space: SearchSpace, available: int, grows: bool = False) -> int | tuple[int, int]:
     """Workers to retrain with, or the least and the most, as the space asks for.
 
     `available` counts the CPUs, or the GPUs if there are any. Raises InputError if the space asks
