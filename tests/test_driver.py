@@ -259,9 +259,10 @@ def test_one_trial_at_a_time_proposes_the_same_again(proposals, place, store):
 
 @pytest.mark.slow
 def test_a_sweep_of_optuna_that_was_cut_off_replaces_what_had_not_ended(proposals, place, store):
-    """Its driver was killed while the second trajectory trained."""
+    """Its driver was killed while the second trajectory trained, before its first checkpoint."""
     cut = place / "cut-proposals"
     shutil.copytree(proposals.path, cut)
+    shutil.rmtree(cut / "checkpoints")
     events = [json.loads(line) for line in (cut / "journal.jsonl").read_text().splitlines()]
     begun = next(n for n, e in enumerate(events) if e.get("trajectory") == "trial1-seed0") + 1
     (cut / "journal.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events[:begun]))

@@ -171,7 +171,8 @@ def test_a_killed_driver_leaves_no_process_and_the_same_command_goes_on(
     command.wait()
     killed = time.monotonic()
     while left := command.left():
-        assert time.monotonic() - killed < 20, left
+        # Ray's agents look for their raylet every few seconds.
+        assert time.monotonic() - killed < 60, left
         time.sleep(0.2)
     assert Sweep(tmp_path / "sweeps/first").report()["state"] == "unfinished"
     again = start()

@@ -68,7 +68,7 @@ PLACES = {
     "worker killed in an epoch": ("raytickets.trajectory", "accuracy", die),
     "worker killed at a ticket": ("raytickets.ticket", "_sync", die),
     "worker killed at a checkpoint": ("raytickets.checkpoint", "save", die),
-    "worker killed in a proof": ("raytickets.draw", "_fine_tune", die),
+    "worker killed in a proof": ("raytickets.draw", "fine_tune", die),
     "rank killed in retraining": ("raytickets.retrain", "epoch_event", die),
     "disk full at a checkpoint": ("raytickets.checkpoint", "save", full),
     "disk full at a ticket": ("raytickets.draw", "save_ticket", full),
@@ -79,7 +79,7 @@ PLACES = {
     "journal damaged": ("raytickets.journal", "Journal.append", flip_journal),
     "checkpoint damaged": ("raytickets.journal", "Journal.append", flip_checkpoint),
     "ticket damaged": ("raytickets.journal", "Journal.append", flip_ticket),
-    "tracking refused": ("raytickets.tracking", "_Store.deliver", refuse),
+    "tracking refused": ("raytickets.store", "Store._call", refuse),
 }
 
 
