@@ -3,7 +3,6 @@
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -15,20 +14,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from free_ports import free_ports
+
 PATIENCE_S = 120
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 class Server:
     """`mlflow server` over an SQLite file in a folder, always at the same port."""
 
     def __init__(self, folder: Path):
-        self._folder, self._port = folder, free_port()
+        self._folder, self._port = folder, free_ports(1)[0]
         self.address = f"http://127.0.0.1:{self._port}"
         self._process: subprocess.Popen | None = None
 

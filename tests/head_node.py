@@ -3,16 +3,15 @@
 import contextlib
 import json
 import os
-import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 import urllib.request
 from pathlib import Path
 
+from free_ports import free_ports
 from ray.autoscaler._private.fake_multi_node.node_provider import (
     FAKE_HEAD_NODE_ID,
     FakeMultiNodeProvider,
@@ -20,17 +19,6 @@ from ray.autoscaler._private.fake_multi_node.node_provider import (
 
 TOOLS = Path(sys.executable).parent
 TOKEN = "a-token-for-this-test-alone"
-
-
-def free_ports(count):
-    """Ports below those that the kernel gives to whoever asks for any."""
-    found = []
-    for port in random.sample(range(20000, 32000), 1000):
-        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            found.append(port)
-        if len(found) == count:
-            return found
-    raise OSError(f"no {count} ports are free")
 
 
 class Head:

@@ -17,7 +17,11 @@ from raytickets.config import InputError
 from raytickets.lease import LIFE_S, SKEW_S
 from raytickets.ticket import load_ticket
 
-pytestmark = pytest.mark.filterwarnings("error")
+pytestmark = [
+    pytest.mark.filterwarnings("error"),
+    # Of what tests before these left behind.
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,6 @@ Screenshots are kept in the folder RAYTICKETS_SCREENSHOTS, to be looked at, else
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from typing import Any
 import made_up_comparison
 import made_up_sweep
 import pytest
+from free_ports import free_ports
 from mlflow import MlflowClient
 from selenium import webdriver
 from selenium.common.exceptions import TimeoutException
@@ -63,9 +63,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         for event in events:
             tracker.write(event)
         assert tracker.close() is None
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    (port,) = free_ports(1)
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri]
     command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     address, quiet = f"http://127.0.0.1:{port}", subprocess.DEVNULL

@@ -18,6 +18,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from free_ports import free_ports
+
 HERE = Path(__file__).parent
 TOOLS = Path(sys.executable).parent
 LONGEST_S = 900
@@ -95,8 +98,7 @@ def killed(begin: Callable, folder: Path, epochs: int, after: int) -> int:
 def gone(begin: Callable, folder: Path, epochs: int) -> tuple[int | None, float]:
     """The exit code and seconds of a sweep whose tracking server dies in the middle."""
     folder.mkdir()
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     words = ["server", "--port", port, "--backend-store-uri", f"sqlite:///{folder}/server.db"]
     server = start([TOOLS / "mlflow", *words], folder, {})
     while server.poll() is None:
