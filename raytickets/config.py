@@ -617,3 +617,18 @@ class SearchSpace:
         """SHA-256 over every field, in hexadecimal."""
         canonical = json.dumps(self.as_dict(), sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def changed_fields(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Where two spaces differ, each as `SearchSpace.as_dict` gives it; as `training.epochs`."""
+    old, new = _fields(before), _fields(now)
+    return [name for name in old | new if old.get(name) != new.get(name)]
+
+
+def _fields(space: Mapping[str, Any]) -> dict[str, Any]:
+    """A space's fields with those of its parts, as `training.epochs`."""
+    fields = {}
+    for name, value in space.items():
+        part = value if isinstance(value, Mapping) else {"": value}
+        fields |= {f"{name}.{inner}".rstrip("."): entry for inner, entry in part.items()}
+    return fields

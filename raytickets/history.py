@@ -2,12 +2,10 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from raytickets.config import InputError
+from raytickets.config import InputError, changed_fields
 from raytickets.journal import NAME, Event
 from raytickets.storage import fetch_journal, names
 from raytickets.sweep import Sweep
@@ -121,16 +119,6 @@ def _changed(best: Best, before: Best | None, images: int) -> Best:
 
 
 def _changes(before: Event, opening: Event) -> tuple[str, ...]:
-    old, new = _fields(before["space"]), _fields(opening["space"])
-    fields = [name for name in old | new if old.get(name) != new.get(name)]
+    fields = changed_fields(before["space"], opening["space"])
     images = before["data"]["fingerprint"] != opening["data"]["fingerprint"]
     return (*fields, "data") if images else tuple(fields)
-
-
-def _fields(space: Mapping[str, Any]) -> dict[str, Any]:
-    """A space's fields with those of its parts, as `training.epochs`."""
-    fields = {}
-    for name, value in space.items():
-        part = value if isinstance(value, Mapping) else {"": value}
-        fields |= {f"{name}.{inner}".rstrip("."): entry for inner, entry in part.items()}
-    return fields

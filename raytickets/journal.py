@@ -3,8 +3,9 @@ anyone is told. The last field of a line, `crc32`, is the checksum of what stand
 
 Events, by their `event` field (`run` is a trajectory, a ticket, or `dense`):
 
-sweep        name, space (all fields), fingerprint, channels, dense {macs, params}, data
-             {fingerprint, train, validation, test}, versions {package: version}
+sweep        name, started (UTC), series (the scheduled one that it is of, if any), space (all
+             fields), fingerprint, channels, dense {macs, params}, data {fingerprint, train,
+             validation, test}, versions {package: version}
 comparison   in place of `sweep`: the same, and penalty, prune_ratios, seeds, methods, as resolved
 check        trajectory, check, epoch (a fraction within one), loss since the last check,
              validation_accuracy (null within an epoch), distances {ratio: distance or null while
@@ -22,10 +23,12 @@ trajectory   trajectory, method, penalty, seed, changes {field: value} that Optu
              rows}} between the masks of every two checks. In comparisons it is of a source
 proof        ticket, rung (from 2), proof_accuracy, proof_macs, seconds
 winners      tickets, in order of falling proof accuracy in the last rung
-epoch        run, epoch, loss, validation_accuracy, learning_rate
+epoch        run, epoch, loss, validation_accuracy, learning_rate; in sweeps also num_workers
 retrained    run, path, macs, params, epochs, validation_accuracy, test_accuracy, train_macs,
-             seconds, num_workers; in comparisons also ledger, latency_ms (median of one image)
-             and relative_latency (to the dense network)
+             seconds, num_workers; in sweeps also recipe (the fields of Retraining), best_epoch and
+             best_validation_accuracy (the accuracies before are of the last epoch's network); in
+             comparisons also ledger, latency_ms (median of one image) and relative_latency (to the
+             dense network)
 retry        trajectory or run, attempt (from 1), reason: a worker was lost, and it is run again
 end          state (done, failed or interrupted), reason
 

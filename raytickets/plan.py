@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from raytickets.comparison import source_count
-from raytickets.config import InputError, Range, SearchSpace
+from raytickets.config import InputError, Range, SearchSpace, changed_fields
 from raytickets.journal import NAME, Event, mend_journal
 from raytickets.lease import FILE, Lease, hold
 from raytickets.storage import address, local, names
@@ -278,20 +278,10 @@ def _opening(folder: Path, space: SearchSpace, kind: Kind) -> Event | None:
         allowed = f"it is a {opening['event']}'s, and this is a {kind}; choose a new name"
         raise InputError("name", folder.name, allowed)
     if opening["fingerprint"] != space.fingerprint:
-        before, now = _fields(opening["space"]), _fields(space.as_dict())
-        changed = [name for name in before | now if before.get(name) != now.get(name)]
+        changed = changed_fields(opening["space"], space.as_dict())
         allowed = f"this {kind} began with another {', '.join(changed)}; {_ANEW}"
         raise SweepChanged("name", folder.name, allowed)
     return opening
-
-
-def _fields(space: Mapping[str, Any]) -> dict[str, Any]:
-    """A space's fields with those of its parts, as `training.epochs`."""
-    fields = {}
-    for name, value in space.items():
-        part = value if isinstance(value, Mapping) else {"": value}
-        fields |= {f"{name}.{inner}".rstrip("."): entry for inner, entry in part.items()}
-    return fields
 
 
 _TOGETHER = {

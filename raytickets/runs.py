@@ -325,6 +325,8 @@ class Runs:
             run.measure(_pick(event, "macs", "params"))
             if run.status != "FINISHED":
                 self._explain(run, self._space)
+        if "recipe" in event:
+            run.files["retraining.json"] = event["recipe"]
         if event["path"]:
             run.tags["raytickets.retrained_path"] = masked(
                 storage.address(self._folder / event["path"])

@@ -127,6 +127,7 @@ def retrained(run: str, macs: int, train_macs: int, accuracy: float) -> Event:
         "train_macs": train_macs,
         "seconds": 60.0,
         "num_workers": 2,
+        "recipe": SPACE.as_dict()["retraining"],
     }
 
 

@@ -211,6 +211,16 @@ def test_what_has_ended_in_mlflow_keeps_its_files(tmp_path: Path):
     assert last(runs[EARLY_BIRD])["test_accuracy"] == 0.975
 
 
+def test_a_retraining_shows_its_recipe_also_where_it_was_not_the_sweeps(tmp_path: Path):
+    sweeps = made_up_sweep.FINISHED
+    winner = next(e["run"] for e in sweeps if e["event"] == "retrained" and e["run"] != "dense")
+    recipe = {**made_up_sweep.SPACE.as_dict()["retraining"], "weights": "reinit"}
+    again = next(e for e in sweeps if e["event"] == "retrained" and e["run"] == winner)
+    runs = runs_of([*sweeps, again | {"recipe": recipe}], tmp_path).all
+    assert runs[winner].files["retraining.json"] == recipe
+    assert runs["dense"].files["retraining.json"] == again["recipe"]
+
+
 def test_retries_are_counted_and_their_reasons_shown(tmp_path: Path):
     low, id = made_up_sweep.LOW, made_up_sweep.LARGE
     reasons = ["its worker was killed", "it ran out of memory"]
