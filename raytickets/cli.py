@@ -197,7 +197,7 @@ def _run(
             except SweepFailed as error:
                 print(f"raytickets: {error}", file=sys.stderr)
                 sweep, code = Sweep(folder), FAILED
-                if not (folder / NAME).exists():
+                if not (folder / NAME).exists() or not sweep.events():
                     return code
     except KeyboardInterrupt:
         print(again)
@@ -381,11 +381,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     gc.disable()  # The garbage of importing torch is none; collecting it takes a second.
     try:
-        code = app.cli(
-            prog="raytickets",
-            description=ABOUT,
-            config=(FlagCreatePairsOff,),
-        )
+        code = app.cli(prog="raytickets", description=ABOUT, config=(FlagCreatePairsOff,))
     except KeyboardInterrupt:
         code = INTERRUPTED
     except InputError as error:

@@ -125,10 +125,10 @@ def run(
         if not compared:  # A comparison retrains each ticket in one process.
             worker_count(space, room.workers, grows=room.most > room.slots)
         tell = told if compared or not space.optuna else _with_study(plan, told)
+        if plan.opening not in sweep.events():
+            tell(plan.opening)  # If this fails nothing else is to be the journal's first event.
         cause = None
         try:
-            if plan.opening not in sweep.events():
-                tell(plan.opening)
             data = ray.put(plan.dataset)
             if compared:
                 run_contest(space, sweep, data, room, tell)

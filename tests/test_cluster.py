@@ -604,8 +604,6 @@ def test_two_hosts_over_ssh_run_a_sweep_as_typed(hosts):
 
 LONG = SPACE.replace("(1e-4, 1e-3)", "(1e-5, 1e-4, 3e-4, 1e-3)").replace("epochs=4", "epochs=100")
 LONG = LONG.replace("StopRule(window=2, threshold=0.99)", "StopRule(window=90, threshold=0.99)")
-# A number of workers that the host which is left has.
-LONG = LONG.replace("Retraining(epochs=1,", "Retraining(epochs=1, num_workers=1,")
 
 
 @pytest.mark.slow

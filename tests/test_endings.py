@@ -133,8 +133,10 @@ def test_of_twenty_starts_of_one_name_one_runs(start, tmp_path):
     assert told(tmp_path, "sweep") == 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("when", ["check", "ticket", "winners"])
+@pytest.mark.parametrize(
+    ("when", "number"),
+    [("check", signal.SIGTERM), ("ticket", signal.SIGINT), ("winners", signal.SIGTERM)],
+)
 def test_an_interruption_ends_all_within_ten_seconds(start, tmp_path, undisturbed, number, when):
     command = start()
     until(lambda: told(tmp_path, when), command)
