@@ -1,7 +1,7 @@
 """Ray Tune as it comes beside raytickets: what a killed driver costs, and a tracking server that is
 gone.
 
-    uv run python tests/faults/beside.py --folder EMPTY
+    uv run python tests/faults/versus.py --folder EMPTY
 
 Both train two trajectories of the same network on digits for as many epochs. A driver is killed
 with SIGKILL after so many trained epochs, and the same command is given again; counted are the
@@ -29,7 +29,7 @@ from raytickets.config import *
 
 def space():
     return SearchSpace(
-        name="beside",
+        name="versus",
         network=Network("cifar_vgg", {{"depth": 9, "width": 0.5}}),
         data=Data("digits", validation=0.1, test=0.1),
         penalties=(1e-4, 1e-3),
