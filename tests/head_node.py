@@ -12,13 +12,12 @@ import urllib.request
 from pathlib import Path
 
 from free_ports import free_ports
-from ray.autoscaler._private.fake_multi_node.node_provider import (
-    FAKE_HEAD_NODE_ID,
-    FakeMultiNodeProvider,
-)
 
 TOOLS = Path(sys.executable).parent
 TOKEN = "a-token-for-this-test-alone"
+# Ray's, written out: the driver is to import Ray first, as it sets what Ray reads then.
+FAKE_NODES = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
+FAKE_HEAD_NODE_ID = "f" * 51 + "00000"
 
 
 class Head:
@@ -89,7 +88,7 @@ class Head:
             "provider": {
                 # By its module, as Ray's wheel lacks the defaults of the type `fake_multinode`.
                 "type": "external",
-                "module": f"{FakeMultiNodeProvider.__module__}.FakeMultiNodeProvider",
+                "module": FAKE_NODES,
                 "gcs_address": self.gcs,
                 "head_node_id": FAKE_HEAD_NODE_ID,
                 "launch_multiple": True,
