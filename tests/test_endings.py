@@ -163,7 +163,7 @@ def test_sigterm_while_ray_starts_is_an_interruption(start):
     assert command.left() == []
 
 
-def test_a_killed_driver_leaves_no_process_and_the_same_command_goes_on(
+def test_a_killed_driver_leaves_no_worker_and_the_same_command_goes_on(
     start, tmp_path, undisturbed
 ):
     command = start()
