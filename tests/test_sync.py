@@ -95,7 +95,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     found = undisturbed.found(uri)
     points = [point for run in found.values() for point in run["points"]]
     assert len(points) == 85
-    assert sum(len(run["files"]) for run in found.values()) == 23 + 2
+    assert sum(len(run["files"]) for run in found.values()) == 26 + 2
     return without_champion(found)
 
 
