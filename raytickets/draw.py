@@ -16,6 +16,7 @@ from raytickets.batches import Batches
 from raytickets.config import SearchSpace, Training
 from raytickets.data import DataSet
 from raytickets.earlybird import Verdict
+from raytickets.energy import Meter
 from raytickets.journal import Event
 from raytickets.masks import cut, widen
 from raytickets.shrink import ChannelGroup
@@ -41,6 +42,9 @@ class Setting:
     def dataset(self) -> DataSet:
         return self.batches.dataset
 
+    def meter(self) -> Meter:
+        return Meter(self.numerics.device, self.space.resources.watts)
+
 
 @dataclass(frozen=True)
 class Trajectory:
@@ -54,8 +58,9 @@ class Trajectory:
     recipe: Training | None
     """None where nothing is trained before retraining."""
     prune_ratios: tuple[float, ...]
+    meter: Meter
+    """Of all its work so far."""
     changes: Mapping[str, Any] = field(default_factory=dict)
-    started: float = field(default_factory=time.monotonic)
 
 
 @dataclass(frozen=True)

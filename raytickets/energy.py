@@ -36,6 +36,14 @@ class Meter:
         self._counter, self._source = _counter(device)
         self._first = self._counter() if self._counter else 0.0
         self._started = time.monotonic()
+        self._before: tuple[float, float | None] = (0.0, 0.0)
+
+    def seconds(self) -> float:
+        return self._before[0] + time.monotonic() - self._started
+
+    def go_on(self, seconds: float, joules: float | None) -> None:
+        """Count in what an earlier meter of the same work told."""
+        self._before = (seconds, joules)
 
     def joules(self) -> tuple[float | None, str]:
         """What was used so far, and how that is known.
@@ -43,10 +51,13 @@ class Meter:
         `measured (...)` names the counter, `estimated (...)` is `watts` x seconds, and with None
         comes `unavailable`, followed by the reason where a counter should be there but failed.
         """
+        before = self._before[1]
+        if before is None and (self._counter or self._watts is not None):
+            return None, "unavailable (a part was not counted)"
         if self._counter:
-            return self._counter() - self._first, f"measured ({self._source})"
+            return (before or 0.0) + self._counter() - self._first, f"measured ({self._source})"
         if self._watts is not None:
-            joules = self._watts * (time.monotonic() - self._started)
+            joules = self._watts * self.seconds()
             return joules, f"estimated ({self._watts:g} W from the search space x seconds)"
         return None, f"unavailable ({self._source})" if self._source else "unavailable"
 
@@ -56,10 +67,10 @@ def idle_watts(device: torch.device, seconds: float = 10.0) -> float | None:
 
     Benchmarks record it beside their joules: what training added is the rest.
     """
-    meter, started = Meter(device, None), time.monotonic()
+    meter = Meter(device, None)
     time.sleep(seconds)
     joules, _ = meter.joules()
-    return None if joules is None else joules / (time.monotonic() - started)
+    return None if joules is None else joules / meter.seconds()
 
 
 def _counter(device: torch.device) -> tuple[Callable[[], float] | None, str]:

@@ -18,24 +18,24 @@ linear layers alone, PyTorch's quantisation-aware training rounds the forward pa
 
 import copy
 import dataclasses
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raytickets import cost
+from raytickets import checkpoint, cost
 from raytickets.config import Method, SearchSpace
 from raytickets.cost import Ledger
 from raytickets.draw import Check, Setting, Trajectory, cut_groups, write_ticket
 from raytickets.energy import Meter
 from raytickets.journal import Event
-from raytickets.shrink import ChannelGroup, channel_groups, sensitivity, shrink
+from raytickets.shrink import ChannelGroup, channel_groups, scorer, sensitivity, shrink
 from raytickets.ticket import load_ticket, save_retrained
-from raytickets.train import SGD, epoch_event, fit, retrained_event, seeded
+from raytickets.train import epoch_event, fit, retrained_event, seeded
 from raytickets.trajectory import (
     Learner,
     checks,
@@ -43,7 +43,8 @@ from raytickets.trajectory import (
     dense_network,
     diverged,
     ending,
-    spent,
+    made_by,
+    mask_window,
     until_drawn,
 )
 
@@ -123,6 +124,7 @@ def run_source(setting: Setting, source: Source) -> Iterator[list[Event]]:
         penalty=source.penalty,
         seed=source.seed,
         recipe=recipe,
+        meter=setting.meter(),
         prune_ratios=(0.0,) if source.kind == "dense" else prune_ratios(space),
     )
     yield from work(trajectory, setting.numerics.place(_initial(setting, source.seed)))
@@ -134,7 +136,7 @@ def _initial(setting: Setting, seed: int) -> nn.Module:
 
 def _dense(trajectory: Trajectory, network: nn.Module) -> Iterator[list[Event]]:
     setting = trajectory.setting
-    joules, energy = Meter(setting.numerics.device, setting.space.resources.watts).joules()
+    joules, energy = trajectory.meter.joules()
     nothing = Ledger(0, 0, 0, 0.0, None if joules is None else 0.0, energy)
     mask = _everything(setting)
     event = _ticket(trajectory, "dense", 0.0, nothing, network, mask, mask)
@@ -142,13 +144,13 @@ def _dense(trajectory: Trajectory, network: nn.Module) -> Iterator[list[Event]]:
 
 
 def _snip(trajectory: Trajectory, network: nn.Module) -> Iterator[list[Event]]:
-    setting, stage = trajectory.setting, _Stage(trajectory.setting)
+    setting = trajectory.setting
     size = max(SNIP_BATCH, setting.space.retraining.batch_size)
     images, labels = next(setting.batches.training(size, seeded("snip", trajectory.seed)))
     looked = copy.deepcopy(network).requires_grad_(True)
     F.cross_entropy(setting.numerics.exact.logits(looked, images), labels).backward()
     scores = sensitivity(looked, setting.groups)
-    ledger = stage.ledger(setting.dense_macs, len(labels))
+    ledger = _ledger(trajectory.meter, setting.dense_macs, len(labels))
     events = [
         _ticket(trajectory, "snip", ratio, ledger, network, *cut_groups(setting, scores, ratio))
         for ratio in trajectory.prune_ratios
@@ -159,11 +161,11 @@ def _snip(trajectory: Trajectory, network: nn.Module) -> Iterator[list[Event]]:
 
 
 def _early_bird(trajectory: Trajectory, network: nn.Module) -> Iterator[list[Event]]:
-    setting, seed, stage = trajectory.setting, trajectory.seed, _Stage(trajectory.setting)
+    setting, seed = trajectory.setting, trajectory.seed
     new = _initial(setting, seeded("reinit", seed).initial_seed())
 
     def draw(check: Check, ratios: Sequence[float]) -> Iterator[Event]:
-        ledger = stage.ledger(setting.dense_macs, check.samples)
+        ledger = _ledger(trajectory.meter, setting.dense_macs, check.samples)
         for ratio in ratios:
             mask, chosen = cut_groups(setting, check.scores, ratio)
             other = random_mask(setting.groups, mask, seeded("random", seed, ratio))
@@ -179,27 +181,28 @@ def _early_bird(trajectory: Trajectory, network: nn.Module) -> Iterator[list[Eve
 
 
 def _progressive(trajectory: Trajectory, network: nn.Module) -> Iterator[list[Event]]:
-    setting, stage = trajectory.setting, _Stage(trajectory.setting)
+    setting = trajectory.setting
     rewind, early = setting.space.comparison.rewind, copy.deepcopy(network)
 
     def draw(check: Check, ratios: Sequence[float]) -> Iterator[Event]:
-        ledger = stage.ledger(setting.dense_macs, check.samples)
+        ledger = _ledger(trajectory.meter, setting.dense_macs, check.samples)
         weights = {"progressive": network, "lottery_ticket": early}
         for ratio in ratios:
             mask, chosen = cut_groups(setting, check.scores, ratio)
             for method in _asked(trajectory):
                 yield _ticket(trajectory, method, ratio, ledger, weights[method], mask, chosen)
 
-    for events in until_drawn(trajectory, network, lambda check, _: check.last, draw):
+    for events in until_drawn(trajectory, network, lambda check, _: check.last, draw, early):
+        # Of events that are told again the checkpoint's weights, which are loaded after them, hold.
         if rewind and events[0].get("epoch") == rewind:
-            early = copy.deepcopy(network)
+            early.load_state_dict(network.state_dict())
         yield events
 
 
 def _iterative(trajectory: Trajectory, network: nn.Module) -> Iterator[list[Event]]:
     setting, whole = trajectory.setting, _everything(trajectory.setting)
     rounds = setting.space.comparison.rounds
-    first = _train(trajectory, network, whole)  # Every prune ratio's.
+    first = _train(trajectory, network, whole, "all")  # Every prune ratio's.
     done, states, failure = [first], {}, ""
     for ratio in trajectory.prune_ratios:
         latest, small, mask, chosen, ledger = first, network, whole, whole, first.ledger
@@ -209,7 +212,7 @@ def _iterative(trajectory: Trajectory, network: nn.Module) -> Iterator[list[Even
             narrower, chosen = cut_groups(setting, latest.scores, ratio * number / rounds)
             small, mask = shrink(small, latest.groups, narrower[mask]), narrower
             if number < rounds:
-                latest = _train(trajectory, small, mask)
+                latest = _train(trajectory, small, mask, f"{ratio:g}-{number}")
                 done.append(latest)
                 ledger += latest.ledger
         states[ratio] = "diverged" if latest.failure else "drawn"
@@ -236,25 +239,41 @@ class _Round:
     failure: str
 
 
-def _train(trajectory: Trajectory, network: nn.Module, mask: Tensor) -> _Round:
-    """Train the network of a mask to the end, in place."""
+def _train(trajectory: Trajectory, network: nn.Module, mask: Tensor, name: str) -> _Round:
+    """Train the network of a mask to the end, in place, from the round's last checkpoint on."""
+    assert trajectory.recipe is not None
     example = trajectory.setting.dataset.shape.example()
     setting = dataclasses.replace(
         trajectory.setting,
         groups=channel_groups(network, example),
         dense_macs=cost.macs(network, example.to(trajectory.setting.numerics.device)),
     )
-    here, stage = dataclasses.replace(trajectory, setting=setting), _Stage(setting)
-    *_, last = checks(here, Learner(here, network))
+    here, meter = dataclasses.replace(trajectory, setting=setting), setting.meter()
+    learner = Learner(network, trajectory.recipe, mask_window(here))
+    folder, by = setting.sweep / "checkpoints" / trajectory.id / name, made_by(setting)
+    found, epochs, samples, failure = checkpoint.load(folder), 0.0, 0, ""
+    if found and found.state["made_by"] == by:
+        learner.load(found.tensors)
+        epochs, samples = found.state["epochs"], found.state["samples"]
+        meter.go_on(found.state["seconds"], found.state["joules"])
+    with checkpoint.Writer(folder, found.number if found else 0) as writer:
+        for check in checks(here, learner, int(epochs)):
+            epochs, samples = check.epoch, check.samples
+            if not check.verdicts:
+                failure = diverged(check)
+            elif epochs.is_integer():
+                state = {"made_by": by, "epochs": epochs, "samples": samples}
+                state |= {"seconds": meter.seconds(), "joules": meter.joules()[0]}
+                writer.save(learner.tensors(), state)
     scores = torch.full(mask.shape, -torch.inf)
-    scores[mask] = last.scores
+    scores[mask] = scorer(network, setting.groups)()
     return _Round(
         groups=setting.groups,
         scores=scores,
-        epochs=last.epoch,
-        train_macs=spent(here, last),
-        ledger=stage.ledger(setting.dense_macs, last.samples),
-        failure="" if last.verdicts else diverged(last),
+        epochs=epochs,
+        train_macs=cost.training_macs(setting.dense_macs, samples),
+        ledger=_ledger(meter, setting.dense_macs, samples),
+        failure=failure,
     )
 
 
@@ -291,19 +310,12 @@ def _ticket(
     return event | {"search": dataclasses.asdict(ledger)}
 
 
-class _Stage:
-    """Counts a stage of work from when it was made."""
-
-    def __init__(self, setting: Setting):
-        self._meter = Meter(setting.numerics.device, setting.space.resources.watts)
-        self._started = time.monotonic()
-
-    def ledger(self, macs: int, samples: int) -> Ledger:
-        """What it came to, for a network of so many forward MACs trained on these samples."""
-        joules, energy = self._meter.joules()
-        forward, seconds = macs * samples, time.monotonic() - self._started
-        # The backward pass counts as two forward passes, as in `cost.training_macs`.
-        return Ledger(forward, 2 * forward, samples, seconds, joules, energy)
+def _ledger(meter: Meter, macs: int, samples: int) -> Ledger:
+    """What a meter's work came to, for a network of so many forward MACs trained on samples."""
+    joules, energy = meter.joules()
+    forward = macs * samples
+    # The backward pass counts as two forward passes, as in `cost.training_macs`.
+    return Ledger(forward, 2 * forward, samples, meter.seconds(), joules, energy)
 
 
 def retrain_alone(setting: Setting, path: Path) -> Iterator[list[Event]]:
@@ -311,35 +323,66 @@ def retrain_alone(setting: Setting, path: Path) -> Iterator[list[Event]]:
 
     Yields the event of every epoch, and at last of the retrained ticket, which is then on disk
     under `retrained` in the comparison's folder. The ledger counts the epochs and their look at
-    validation images.
+    validation images. There is a checkpoint after every epoch, from which it goes on as
+    `run_trajectory` does.
     """
     recipe, batches, how = setting.space.retraining, setting.batches, setting.numerics
-    ticket = load_ticket(path, trust_code=True)
-    network, macs, seed = ticket.network(), ticket.manifest["macs"], ticket.manifest["seed"]
-    started, stage = time.monotonic(), _Stage(setting)
-    losses = fit(
-        how.place(network),
-        SGD(network, recipe.momentum, recipe.weight_decay),
-        batches,
-        recipe,
-        lambda epoch: seeded("retrain", seed, epoch),
-        how,
-    )
-    for epoch, (_, loss) in enumerate(losses, start=1):
-        yield [epoch_event(ticket.id, epoch, loss, network, batches, recipe, how)]
-    samples = recipe.epochs * batches.count(recipe.batch_size) * recipe.batch_size
-    ledger = stage.ledger(macs, samples)
-    event = retrained_event(ticket.id, started, network, macs, batches, recipe, how)
-    dense = how.exact.place(_initial(setting, seed))
-    example = setting.dataset.shape.example().to(how.device)
-    latency, dense_latency = cost.latencies([network, dense], example)
-    saved = save_retrained(setting.sweep / "retrained", path, network, event)
-    yield [
-        event
-        | {
+    ticket, meter = load_ticket(path, trust_code=True), setting.meter()
+    seed, macs = ticket.manifest["seed"], ticket.manifest["macs"]
+    learner = Learner(how.place(ticket.network()), recipe)
+    folder, by = setting.sweep / "checkpoints" / ticket.id, made_by(setting)
+    found = checkpoint.load(folder)
+    damaged = found.damaged if found else checkpoint.generations(folder)
+    newest = found.number if found else 0
+    if found and found.state["made_by"] != by:
+        found = None
+    told, attempt = (found.state["told"], found.state["attempt"]) if found else ([], 0)
+    if damaged:
+        attempt += 1
+        reason = f"{len(damaged)} damaged checkpoints; it went on from epoch {len(told)}"
+        yield [{"event": "retry", "run": ticket.id, "attempt": attempt, "reason": reason}]
+    if found:
+        yield list(told)
+        if told[-1]["event"] == "retrained":
+            return
+        learner.load(found.tensors)
+        meter.go_on(found.state["seconds"], found.state["joules"])
+
+    def order(epoch: int) -> torch.Generator:
+        # What a network draws by itself, as dropout does, is a function of the epoch too.
+        torch.manual_seed(seeded("dropout", seed, epoch).initial_seed())
+        return seeded("retrain", seed, epoch)
+
+    def state() -> dict[str, Any]:
+        return {
+            "made_by": by,
+            "told": list(told),
+            "attempt": attempt,
+            "seconds": meter.seconds(),
+            "joules": meter.joules()[0],
+        }
+
+    network, first = learner.network, len(told)
+    losses = fit(network, learner.optimizer, batches, recipe, order, how, first=first)
+    with checkpoint.Writer(folder, newest) as writer:
+        for epoch, (_, loss) in enumerate(losses, start=first + 1):
+            told.append(epoch_event(ticket.id, epoch, loss, network, batches, recipe, how))
+            yield told[-1:]
+            writer.save(learner.tensors(), state())
+        samples = recipe.epochs * batches.count(recipe.batch_size) * recipe.batch_size
+        ledger = _ledger(meter, macs, samples)
+        event = retrained_event(ticket.id, meter.seconds(), network, macs, batches, recipe, how)
+        dense = how.exact.place(_initial(setting, seed))
+        example = setting.dataset.shape.example().to(how.device)
+        latency, dense_latency = cost.latencies([network, dense], example)
+        saved = save_retrained(setting.sweep / "retrained", path, network, event)
+        event |= {
             "path": str(saved.path.relative_to(setting.sweep)),
             "ledger": dataclasses.asdict(ledger),
             "latency_ms": latency,
             "relative_latency": latency / dense_latency,
         }
-    ]
+        told.append(event)
+        writer.save({}, state(), keep=1)
+        writer.wait()
+        yield [event]

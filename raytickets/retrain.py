@@ -314,7 +314,8 @@ def _retrain_one(space: SearchSpace, job: Job, dataset: DataSet, sweep: Path, qu
             )
             queue.put(events[-1])
     if rank == 0:
-        event = retrained_event(job.run, started, network, macs, batches, recipe, how, world)
+        took = time.monotonic() - started
+        event = retrained_event(job.run, took, network, macs, batches, recipe, how, world)
         top = _best(events)
         event |= {
             "best_epoch": top["epoch"],

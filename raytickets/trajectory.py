@@ -3,9 +3,7 @@
 import dataclasses
 import hashlib
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from torch import Tensor, nn
 from raytickets import checkpoint, cost
 from raytickets.batches import Batches
 from raytickets.checkpoint import Checkpoint
-from raytickets.config import SearchSpace
+from raytickets.config import SearchSpace, Training
 from raytickets.data import DataSet
 from raytickets.draw import Check, Setting, Trajectory, cut_groups, fine_tune, write_ticket
 from raytickets.earlybird import MaskWindow
@@ -109,6 +107,7 @@ def run_trajectory(setting: Setting, point: Point) -> Iterator[list[Event]]:
         seed=point.seed,
         recipe=space.training,
         prune_ratios=space.prune_ratios,
+        meter=setting.meter(),
         changes=point.changes,
     )
     network = setting.numerics.place(dense_network(space, setting.dataset, point.seed))
@@ -121,8 +120,7 @@ def run_trajectory(setting: Setting, point: Point) -> Iterator[list[Event]]:
             right, macs = fine_tune(setting, shrunk, event["macs"], point.seed, rung=1)
             yield event | {"proof_accuracy": right, "proof_macs": macs}
 
-    folder = setting.sweep / "checkpoints" / point.id
-    yield from until_drawn(trajectory, network, converged, draw, folder)
+    yield from until_drawn(trajectory, network, converged, draw)
 
 
 def converged(check: Check, ratio: float) -> bool:
@@ -134,23 +132,27 @@ def until_drawn(
     network: nn.Module,
     due: Callable[[Check, float], bool],
     draw: Callable[[Check, Sequence[float]], Iterable[Event]],
-    folder: Path | None = None,
+    also: nn.Module | None = None,
 ) -> Iterator[list[Event]]:
     """Train until every prune ratio was due once, and draw it then.
 
-    Yields after every check its event and those of `draw`, and in the last list how it ended. With
-    a folder of checkpoints it goes on from them (see `run_trajectory`).
+    Yields after every check its event and those of `draw`, and in the last list how it ended. It
+    makes checkpoints, and goes on from them, as `run_trajectory` says; `also` is a network that
+    they hold beside the one in training.
     """
-    learner, told, first, attempt = Learner(trajectory, network), [], 0, 0
+    folder = trajectory.setting.sweep / "checkpoints" / trajectory.id
+    assert trajectory.recipe is not None
+    window = mask_window(trajectory)
+    learner = Learner(network, trajectory.recipe, window, also)
+    told, first, attempt = [], 0, 0
     states = dict.fromkeys(trajectory.prune_ratios, "not converged")
-    made_by = _made_by(trajectory, network)
-    found = checkpoint.load(folder) if folder else None
-    damaged = found.damaged if found else checkpoint.generations(folder) if folder else ()
-    if found and _usable(found, made_by, trajectory.setting.sweep):
+    by = _made_by(trajectory, network)
+    found = checkpoint.load(folder)
+    damaged = found.damaged if found else checkpoint.generations(folder)
+    if found and _usable(found, by, trajectory.setting.sweep):
         told, first, attempt = (found.state[name] for name in ("told", "epoch", "attempt"))
         states = dict(zip(states, found.state["states"], strict=True))
-        started = time.monotonic() - found.state["seconds"]
-        trajectory = dataclasses.replace(trajectory, started=started)
+        trajectory.meter.go_on(found.state["seconds"], found.state["joules"])
     if damaged:
         attempt += 1
         reason = f"its newest checkpoint was damaged; it went on from epoch {first}"
@@ -164,16 +166,17 @@ def until_drawn(
 
     def state() -> dict[str, Any]:
         return {
-            "made_by": made_by,
+            "made_by": by,
             "told": list(told),
             "states": list(states.values()),
             "epoch": math.floor(check.epoch),
             "attempt": attempt,
-            "seconds": time.monotonic() - trajectory.started,
+            "seconds": trajectory.meter.seconds(),
+            "joules": trajectory.meter.joules()[0],
         }
 
     newest = found.number if found else 0
-    with checkpoint.Writer(folder, newest) if folder else nullcontext() as writer:
+    with checkpoint.Writer(folder, newest) as writer:
         for check in checks(trajectory, learner, first):
             outcome, reason, events = "not converged", "", []
             if check.verdicts:
@@ -191,15 +194,14 @@ def until_drawn(
             if outcome != "not converged" or check.last:
                 macs = spent(trajectory, check)
                 end = ending(trajectory, outcome, states, check.epoch, macs, reason)
-                events.append(end | {"distances_matrix": _matrix(learner.window, told)})
-                if writer:
-                    # Before the end is told, after which nobody may ask for more.
-                    writer.save({}, state(), keep=1)
-                    writer.wait()
+                events.append(end | {"distances_matrix": _matrix(window, told)})
+                # Before the end is told, after which nobody may ask for more.
+                writer.save({}, state(), keep=1)
+                writer.wait()
                 yield events
                 return
             yield events
-            if writer and check.epoch.is_integer():
+            if check.epoch.is_integer():
                 writer.save(learner.tensors(), state())
 
 
@@ -214,25 +216,31 @@ def _matrix(window: MaskWindow, told: Iterable[Iterable[Event]]) -> dict[str, An
 
 def _made_by(trajectory: Trajectory, network: nn.Module) -> dict[str, Any]:
     """What a checkpoint has to have in common with the trajectory that goes on from it."""
-    setting, how = trajectory.setting, trajectory.setting.numerics
     shapes = [(name, *tensor.shape) for name, tensor in _tensors(network).items()]
-    return {
+    return made_by(trajectory.setting) | {
         "trajectory": trajectory.id,
         "method": trajectory.method,
         "penalty": trajectory.penalty,
         "seed": trajectory.seed,
+        "network": hashlib.sha256(f"{network}{shapes}".encode()).hexdigest(),
+    }
+
+
+def made_by(setting: Setting) -> dict[str, Any]:
+    """What all checkpoints of a setting have in common."""
+    how = setting.numerics
+    return {
         "space": setting.space.fingerprint,
         "data": setting.dataset.fingerprint,
-        "network": hashlib.sha256(f"{network}{shapes}".encode()).hexdigest(),
         "versions": package_versions(),
         "threads": torch.get_num_threads(),
         "numerics": [how.device.type, str(how.dtype), str(how.weights), how.channels_last],
     }
 
 
-def _usable(found: Checkpoint, made_by: Mapping[str, Any], sweep: Path) -> bool:
+def _usable(found: Checkpoint, by: Mapping[str, Any], sweep: Path) -> bool:
     """Whether it was made by the same, and every ticket it tells of is whole."""
-    if found.state["made_by"] != made_by:
+    if found.state["made_by"] != by:
         return False
     try:
         for events in found.state["told"]:
@@ -245,12 +253,16 @@ def _usable(found: Checkpoint, made_by: Mapping[str, Any], sweep: Path) -> bool:
 
 
 class Learner:
-    """What changes in training: a network, its optimizer and the window of its masks."""
+    """What changes in training: a network and its optimizer, and what goes along with them."""
 
-    def __init__(self, trajectory: Trajectory, network: nn.Module):
-        recipe = trajectory.recipe
-        assert recipe is not None
-        self.network, self.window = network, mask_window(trajectory)
+    def __init__(
+        self,
+        network: nn.Module,
+        recipe: Training,
+        window: MaskWindow | None = None,
+        also: nn.Module | None = None,
+    ):
+        self.network, self.window, self._also = network, window, also
         self.optimizer = SGD(network, recipe.momentum, recipe.weight_decay)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -258,7 +270,8 @@ class Learner:
         parts = {
             "network": _tensors(self.network),
             "optimizer": self.optimizer.state(),
-            "window": self.window.state(),
+            "window": self.window.state() if self.window else {},
+            "also": _tensors(self._also) if self._also else {},
         }
         return {
             f"{part}.{name}": tensor.detach().to("cpu", copy=True)
@@ -268,15 +281,17 @@ class Learner:
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on from the `tensors` of a learner of the same trajectory."""
-        parts: dict[str, dict[str, Tensor]] = {"network": {}, "optimizer": {}, "window": {}}
+        """Go on from the `tensors` of a learner of the same things."""
+        parts: dict[str, dict[str, Tensor]] = {"optimizer": {}, "window": {}}
         for name, tensor in tensors.items():
             part, _, rest = name.partition(".")
-            parts[part][rest] = tensor
-        for name, tensor in _tensors(self.network).items():
-            tensor.copy_(parts["network"][name])
+            parts.setdefault(part, {})[rest] = tensor
+        for part, network in (("network", self.network), ("also", self._also)):
+            for name, tensor in _tensors(network).items() if network else ():
+                tensor.copy_(parts[part][name])
         self.optimizer.load(parts["optimizer"])
-        self.window.load(parts["window"])
+        if self.window:
+            self.window.load(parts["window"])
 
 
 def _tensors(network: nn.Module) -> dict[str, Tensor]:
@@ -291,7 +306,9 @@ def mask_window(trajectory: Trajectory) -> MaskWindow:
 def checks(trajectory: Trajectory, learner: Learner, first: int = 0) -> Iterator[Check]:
     """Train by the trajectory's recipe from epoch `first` on, to the end or until it diverges."""
     setting, recipe, network = trajectory.setting, trajectory.recipe, learner.network
+    window = learner.window
     assert recipe is not None
+    assert window is not None
     rule, batches, how = setting.space.stop_rule, setting.batches, setting.numerics
     score = scorer(network, setting.groups)
 
@@ -318,7 +335,7 @@ def checks(trajectory: Trajectory, learner: Learner, first: int = 0) -> Iterator
         if finite:
             # The published rule looks at every BatchNorm's channels, the masks at their groups.
             seen = gammas(network).cpu() if rule.rule == "paper" else scores
-            verdicts = dict(zip(trajectory.prune_ratios, learner.window.check(seen), strict=True))
+            verdicts = dict(zip(trajectory.prune_ratios, window.check(seen), strict=True))
             if epoch.is_integer():
                 validation = accuracy(network, batches, "validation", how)
         yield Check(
@@ -361,7 +378,7 @@ def _check_event(trajectory: Trajectory, check: Check, states: Mapping[float, st
             if states[ratio] != "drawn"
         ),
         "train_macs": spent(trajectory, check),
-        "seconds": time.monotonic() - trajectory.started,
+        "seconds": trajectory.meter.seconds(),
     }
 
 
@@ -385,7 +402,7 @@ def ending(
         "reason": reason,
         "epochs": epochs,
         "train_macs": train_macs,
-        "seconds": time.monotonic() - trajectory.started,
+        "seconds": trajectory.meter.seconds(),
         "ratios": {f"{ratio:g}": state for ratio, state in states.items()},
         "distances_matrix": {"epochs": [], "ratios": {}},
     }

@@ -45,7 +45,9 @@ def drawn(tmp_path_factory):
     """A setting, the mask of a ticket, its network and its event."""
     folder = tmp_path_factory.mktemp("sweep")
     setting = prepare(SPACE, load_data(SPACE.data), folder)
-    trajectory = Trajectory(setting, "x", "early_bird", 1e-3, 0, SPACE.training, (0.5,))
+    trajectory = Trajectory(
+        setting, "x", "early_bird", 1e-3, 0, SPACE.training, (0.5,), setting.meter()
+    )
     mask, chosen = cut_groups(setting, torch.rand(28, generator=seeded("scores")), 0.5)
     network = shrink(dense_network(SPACE, setting.dataset, 0), setting.groups, mask)
     event = write_ticket(trajectory, "early_bird", 0.5, network, mask, chosen)

@@ -348,9 +348,9 @@ def test_ratios_that_share_a_source_pay_to_their_own_end(found):
 def test_iterative_pays_for_each_of_its_networks(dataset, tmp_path, monkeypatch):
     rounds, original = [], methods._train
 
-    def recorded(trajectory, network, mask):
+    def recorded(trajectory, network, mask, name):
         rounds.append((cost.macs(network, torch.zeros(1, 1, 8, 8)), mask))
-        return original(trajectory, network, mask)
+        return original(trajectory, network, mask, name)
 
     monkeypatch.setattr(methods, "_train", recorded)
     space = changed(comparison={"rounds": 3})
@@ -373,11 +373,11 @@ def test_a_round_scores_the_channels_that_are_left(dataset, tmp_path, dense):
     network, groups = dense
     setting = prepare(SPACE, dataset, tmp_path)
     recipe = dataclasses.replace(SPACE.retraining, epochs=1)
-    trajectory = Trajectory(setting, "x", "iterative", 1e-3, 0, recipe, (0.5,))
+    trajectory = Trajectory(setting, "x", "iterative", 1e-3, 0, recipe, (0.5,), setting.meter())
     width = sum(group.width for group in groups)
     mask = torch.rand(width, generator=seeded("mask")) < 0.5
     small = shrink(network, groups, mask)
-    done = methods._train(trajectory, small, mask)
+    done = methods._train(trajectory, small, mask, "0.5-1")
     assert (done.scores[~mask] == -torch.inf).all()
     assert torch.equal(
         done.scores[mask], scorer(small, channel_groups(small, torch.zeros(1, 1, 8, 8)))()
@@ -504,6 +504,89 @@ def test_retraining_repeats_bit_for_bit(retrained, compared, dataset, tmp_path):
     ]
     assert same(*networks)
     assert again["test_accuracy"] == done["test_accuracy"]
+
+
+def timeless(lists):
+    """The events of the lists, but for what differs from run to run."""
+    changing = ("seconds", "joules", "latency_ms", "relative_latency")
+    return [
+        {
+            k: timeless([[v]])[0] if isinstance(v, dict) else v
+            for k, v in event.items()
+            if k not in changing
+        }
+        for events in lists
+        for event in events
+    ]
+
+
+def begun_again_and_again(begin, whole):
+    """What comes of a work that is stopped after every list of events but the last."""
+    told = []
+    for lists in range(1, len(whole) + 1):
+        torch.rand(lists)  # whatever else the process has drawn
+        told, steps = [], begin()
+        # What is told again may come at once.
+        while len(timeless(told)) < len(timeless(whole[:lists])):
+            told.append(next(steps))
+        steps.close()
+    return told
+
+
+@pytest.mark.parametrize("kind", ["early_bird", "low_precision", "progressive"])
+def test_a_source_that_was_stopped_is_as_one_that_never_was(dataset, tmp_path, kind):
+    space = changed(
+        comparison={"rewind": 1},
+        training=dataclasses.replace(SPACE.training, epochs=6),
+        stop_rule=StopRule(window=3, threshold=0.5),
+    )
+    (source,) = (source for source in sources(space) if source.kind == kind)
+    whole = list(run_source(prepare(space, dataset, tmp_path / "a"), source))
+    setting = prepare(space, dataset, tmp_path / "b")
+    told = begun_again_and_again(lambda: run_source(setting, source), whole)
+    assert select(whole[-1], "trajectory")
+    assert timeless(told) == timeless(whole)
+
+
+def test_a_round_that_was_stopped_is_as_one_that_never_was(dataset, tmp_path, monkeypatch):
+    (source,) = (source for source in sources(SPACE) if source.kind == "iterative")
+    whole = list(run_source(prepare(SPACE, dataset, tmp_path / "a"), source))
+    setting, original, trained = prepare(SPACE, dataset, tmp_path / "b"), methods.checks, []
+
+    def dying(*given):
+        for check in original(*given):
+            trained.append(check.epoch)
+            if len(trained) % 7 == 0:
+                raise InterruptedError
+            yield check
+
+    monkeypatch.setattr(methods, "checks", dying)
+    told, deaths = None, 0
+    while told is None:
+        try:
+            told = list(run_source(setting, source))
+        except InterruptedError:
+            deaths += 1
+    assert timeless(told) == timeless(whole)
+    # 5 networks for 4 epochs, and every death repeats one.
+    assert len(trained) == 5 * 4 + deaths
+    assert deaths == 3
+
+
+def test_a_retraining_that_was_stopped_is_as_one_that_never_was(
+    retrained, compared, dataset, tmp_path
+):
+    folder, _ = compared
+    ticket, whole = retrained
+    setting = prepare(SPACE, dataset, tmp_path)
+
+    def begin():
+        return retrain_alone(setting, folder / ticket["path"])
+
+    told = begun_again_and_again(begin, [[event] for event in whole])
+    assert timeless(told) == timeless([whole])
+    (again,) = begin()
+    assert again == [event for events in told for event in events]
 
 
 def test_retraining_starts_from_the_tickets_weights_and_its_seed(found, compared, dataset):
