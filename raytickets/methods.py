@@ -264,7 +264,7 @@ def _train(trajectory: Trajectory, network: nn.Module, mask: Tensor, name: str) 
             elif epochs.is_integer():
                 state = {"made_by": by, "epochs": epochs, "samples": samples}
                 state |= {"seconds": meter.seconds(), "joules": meter.joules()[0]}
-                writer.save(learner.tensors(), state)
+                writer.save(learner.tensors(), state, keep=1 if check.last else 2)
     scores = torch.full(mask.shape, -torch.inf)
     scores[mask] = scorer(network, setting.groups)()
     return _Round(
@@ -330,7 +330,7 @@ def retrain_alone(setting: Setting, path: Path) -> Iterator[list[Event]]:
     ticket, meter = load_ticket(path, trust_code=True), setting.meter()
     seed, macs = ticket.manifest["seed"], ticket.manifest["macs"]
     learner = Learner(how.place(ticket.network()), recipe)
-    folder, by = setting.sweep / "checkpoints" / ticket.id, made_by(setting)
+    folder, by = setting.sweep / "checkpoints" / ticket.id / "alone", made_by(setting)
     found = checkpoint.load(folder)
     damaged = found.damaged if found else checkpoint.generations(folder)
     newest = found.number if found else 0
