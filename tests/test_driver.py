@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 import sqlite3
+from pathlib import Path
 
 import optuna
 import pytest
@@ -30,8 +31,8 @@ from raytickets.driver import SweepFailed, retrain_ticket
 from raytickets.halving import hypervolume
 from raytickets.study import FILE, study_name
 from raytickets.sweep import Sweep, select
-from raytickets.ticket import WEIGHTS
-from raytickets.trajectory import grid, prepare, run_trajectory
+from raytickets.ticket import WEIGHTS, package_versions
+from raytickets.trajectory import Point, grid, prepare, run_trajectory
 
 SPACE = SearchSpace(
     name="tiny",
@@ -135,6 +136,32 @@ def test_mlflow_holds_sweep_trajectories_and_tickets(store):
         "ticket": 4,
         "dense": 1,
     }
+
+
+@pytest.mark.usefixtures("sweep")
+def test_tickets_are_found_again_from_what_mlflow_has_of_their_trajectory(store, tmp_path):
+    client = MlflowClient(store)
+    experiment = client.get_experiment_by_name("raytickets/tiny")
+    runs = client.search_runs([experiment.experiment_id], "tags.`raytickets.kind` != 'sweep'")
+    trajectory = next(run for run in runs if run.data.tags["raytickets.kind"] == "trajectory")
+    assert json.loads(trajectory.data.tags["raytickets.versions"]) == package_versions()
+    path = client.download_artifacts(trajectory.info.run_id, "space.json", str(tmp_path))
+    space = SearchSpace.from_dict(json.loads(Path(path).read_text()))
+    penalty, seed = (trajectory.data.params[name] for name in ("penalty", "seed"))
+    point = Point(float(penalty), int(seed))
+    steps = run_trajectory(prepare(space, load_data(space.data), tmp_path / "again"), point)
+    found = {
+        event["ticket"]: (event["macs"], event["proof_accuracy"])
+        for events in steps
+        for event in select(events, "ticket")
+    }
+    assert len(found) == 2
+    for run in runs:
+        if run.data.tags.get("mlflow.parentRunId") == trajectory.info.run_id:
+            first, *_ = client.get_metric_history(run.info.run_id, "proof_accuracy")
+            told = (run.data.metrics["macs"], first.value)
+            assert found.pop(run.data.tags["raytickets.run"]) == told
+    assert not found
 
 
 @pytest.mark.slow
