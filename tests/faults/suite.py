@@ -66,10 +66,10 @@ class Disturbed:
     wrong: list[str]
 
 
-def run(folder: Path, faults: list[Fault]) -> tuple[int, str]:
-    """The command once; its exit code and what it wrote."""
+def command(folder: Path, faults: list[Fault], space: str = SPACE) -> dict:
+    """The command that begins or goes on with a sweep in a folder, as `subprocess` takes it."""
     (folder / "faults").mkdir(parents=True, exist_ok=True)
-    (folder / "tiny.py").write_text(SPACE)
+    (folder / "tiny.py").write_text(space)
     (folder / "faults/plan.json").write_text(json.dumps([vars(fault) for fault in faults]))
     environment = os.environ | {
         "RAYTICKETS_FAULTS": str(folder / "faults"),
@@ -77,10 +77,13 @@ def run(folder: Path, faults: list[Fault]) -> tuple[int, str]:
         "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
         "OMP_NUM_THREADS": "1",
     }
-    command = [Path(sys.executable).parent / "raytickets", "search", "tiny.py", "--name", "it"]
-    done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300
-    )
+    words = [Path(sys.executable).parent / "raytickets", "search", "tiny.py", "--name", "it"]
+    return {"args": words, "cwd": folder, "env": environment}
+
+
+def run(folder: Path, faults: list[Fault]) -> tuple[int, str]:
+    """The command once; its exit code and what it wrote."""
+    done = subprocess.run(**command(folder, faults), capture_output=True, text=True, timeout=300)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -130,6 +133,16 @@ def recorded(folder: Path) -> Counter[tuple[str, ...]]:
     return Counter(tuple(map(str, row)) for row in rows if row[0] != "None")
 
 
+def differences(folder: Path, expected: tuple[dict, Counter]) -> list[str]:
+    """Between a sweep that is done and the `result` and `recorded` of the undisturbed one."""
+    found, points = result(folder), recorded(folder)
+    wrong = [f"{name} differ" for name in found if found[name] != expected[0][name]]
+    missing, doubled = expected[1] - points, [row for row in points if points[row] > 1]
+    wrong += [f"MLflow misses {len(missing)}: {list(missing)[:3]}"] if missing else []
+    wrong += [f"MLflow has {len(doubled)} twice: {doubled[:3]}"] if doubled else []
+    return wrong
+
+
 def disturb(folder: Path, faults: list[Fault], expected: tuple[dict, Counter]) -> Disturbed:
     """Run a sweep with these faults until it is done, and compare it with the undisturbed one."""
     codes, wrong, before = [], [], set()
@@ -149,11 +162,7 @@ def disturb(folder: Path, faults: list[Fault], expected: tuple[dict, Counter]) -
     if codes[-1] != 0:
         wrong.append(f"not done after {len(codes)} runs: {said[-400:]}")
     else:
-        found, points = result(folder), recorded(folder)
-        wrong += [f"{name} differ" for name in found if found[name] != expected[0][name]]
-        missing, doubled = expected[1] - points, [row for row in points if points[row] > 1]
-        wrong += [f"MLflow misses {len(missing)}: {list(missing)[:3]}"] if missing else []
-        wrong += [f"MLflow has {len(doubled)} twice: {doubled[:3]}"] if doubled else []
+        wrong += differences(folder, expected)
     return Disturbed(faults, [faults[number] for number in sorted(before)], codes, wrong)
 
 

@@ -1,7 +1,9 @@
 """Puts faults into raytickets' processes: with this folder on PYTHONPATH each runs it first.
 
 RAYTICKETS_FAULTS is a folder. `plan.json` in it lists faults, {kind, at}; each strikes once, in
-whichever process comes first to the `at`th call of its place, counted over all processes.
+whichever process comes first to the `at`th call of its place, counted over all processes. Where
+there is a folder `steps` in it, a file there for every time that training began or went on, named
+<nanoseconds>@<trajectory, ticket or dense>@<epochs before>, gets a byte for every step.
 """
 
 import errno
@@ -10,6 +12,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 
@@ -82,6 +85,12 @@ PLACES = {
     "tracking refused": ("raytickets.store", "Store._call", refuse),
 }
 
+# module: the function that begins a run before the module's `fit` trains it, and the run's name
+RUNS = {
+    "raytickets.trajectory": ("checks", lambda trajectory, *_: trajectory.id),
+    "raytickets.retrain": ("_retrain_one", lambda _, job, *__: job.run),
+}
+
 
 def called(folder, place):
     """How often any process has come to a place, this time included."""
@@ -125,12 +134,38 @@ def wrap(module, function, act, folder, name, faults):
     setattr(owner, last, with_faults)
 
 
+def count_steps(module, folder):
+    function, name_of = RUNS[module.__name__]
+    begin, fit, runs = getattr(module, function), module.fit, []
+
+    def begun(*args):
+        runs.append(name_of(*args))
+        return begin(*args)
+
+    def counted(network, optimizer, *args, **kwargs):
+        path = folder / f"{time.time_ns()}@{runs[-1]}@{kwargs['first']}"
+        file, step = path.open("wb", buffering=0), optimizer.step
+
+        def step_and_count(rate):
+            step(rate)
+            file.write(b".")
+
+        optimizer.step = step_and_count
+        return fit(network, optimizer, *args, **kwargs)
+
+    setattr(module, function, begun)
+    module.fit = counted
+
+
 class Hook:
     """Patches modules right after they were imported."""
 
     def __init__(self, folder, faults):
         self.folder, self.faults = folder, faults
         self.wanted = {PLACES[fault["kind"]][0] for fault in faults}
+        self.counts = (folder / "steps").exists()
+        if self.counts:
+            self.wanted |= set(RUNS)
 
     def find_spec(self, name, path=None, target=None):
         if name not in self.wanted:
@@ -142,6 +177,8 @@ class Hook:
         def exec_module(module):
             execute(module)
             patch(module, self.folder, self.faults)
+            if self.counts and name in RUNS:
+                count_steps(module, self.folder / "steps")
 
         spec.loader.exec_module = exec_module
         return spec
