@@ -22,14 +22,16 @@ from torch.utils.data import DataLoader, TensorDataset
 from raytickets.config import Network
 from raytickets.models import build_network
 
+IMAGES = 1439
+"""To train on, as many as raytickets does beside it: the rest is for validation and testing."""
+
 
 def train(config: dict, folder: Path, epochs: int) -> None:
     torch.set_num_threads(1)
     digits = load_digits()
-    images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
-    loader = DataLoader(
-        TensorDataset(images, torch.tensor(digits.target)), batch_size=32, shuffle=True
-    )
+    images = torch.tensor(digits.images, dtype=torch.float32)[:IMAGES, None] / 16
+    labels = torch.tensor(digits.target)[:IMAGES]
+    loader = DataLoader(TensorDataset(images, labels), batch_size=32, shuffle=True, drop_last=True)
     options = Network("cifar_vgg", {"depth": 9, "width": 0.5})
     network = build_network(options, in_channels=1, num_classes=10, seed=0)
     optimizer = torch.optim.SGD(network.parameters(), lr=config["rate"], momentum=0.9)

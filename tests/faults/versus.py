@@ -11,7 +11,6 @@ epochs that were trained more than once. Then the MLflow server dies in the midd
 import argparse
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from free_ports import free_ports
+from faulty_server import Server
 
 HERE = Path(__file__).parent
 TOOLS = Path(sys.executable).parent
@@ -98,20 +97,11 @@ def killed(begin: Callable, folder: Path, epochs: int, after: int) -> int:
 def gone(begin: Callable, folder: Path, epochs: int) -> tuple[int | None, float]:
     """The exit code and seconds of a sweep whose tracking server dies in the middle."""
     folder.mkdir()
-    (port,) = free_ports(1)
-    words = ["server", "--port", port, "--backend-store-uri", f"sqlite:///{folder}/server.db"]
-    server = start([TOOLS / "mlflow", *words], folder, {})
-    while server.poll() is None:
-        try:
-            socket.create_connection(("127.0.0.1", port), 1).close()
-            break
-        except OSError:
-            time.sleep(0.5)
-    process = begin(folder, f"http://127.0.0.1:{port}", epochs)
+    server = Server(folder)
+    server.start()
+    process = begin(folder, server.address, epochs)
     wait(process, lambda: trained(folder) >= epochs)
     died = time.monotonic()
-    # uvicorn's workers are children of the server.
-    subprocess.run(["pkill", "-KILL", "-P", str(server.pid)], check=False)
     server.kill()
     try:
         code = process.wait(LONGEST_S)
