@@ -1,10 +1,12 @@
 """Jobs of a sweep or comparison on Ray Tune: handed out, handed out again when a worker is lost.
 
-A job is a Tune trial, and its worker goes on to the next job in place. What a trial itself raises
-fails its job at once; one that ran out of memory is tried once more with nothing beside it.
+A job is a Tune trial, and its worker goes on to the next job in place, unless its machine was given
+notice. What a trial itself raises fails its job at once; one that ran out of memory is tried once
+more with nothing beside it.
 """
 
 import logging
+import os
 import re
 import time
 import traceback
@@ -15,18 +17,21 @@ from pathlib import Path
 from typing import Any
 
 from ray import cloudpickle, tune
+from ray._private import state as ray_state
 from ray.air.execution._internal import RayActorManager
 from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
 from raytickets.journal import Event
-from raytickets.room import Room
+from raytickets.room import Room, leaving
 from raytickets.sweep import Sweep
 
 RETRIES = 3
-"""How often a job is handed out again whose worker was lost."""
+"""How often a job is handed out again whose worker was lost; machines taken at the end of their
+notice are not counted, as they say nothing about the job."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +127,9 @@ def run_crew(
     """Do all the work, on as many workers as the room has or can get."""
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # The events tell of failures.
     RayActorManager._actor_task_failed = _tell_of_any_error
+    TuneController._maybe_cache_trial_actor = _keep_what_stays
+    # Else Tune runs a trial again by itself, untold of, that lost a machine given notice.
+    os.environ["RAY_TRAIN_COUNT_PREEMPTION_AS_FAILURE"] = "1"
     crew = _Crew(work, room)
     tune.Tuner(
         tune.with_resources(trainable, {"cpu": room.cpus, "gpu": room.gpus}),
@@ -160,6 +168,8 @@ class _Crew:
         self._solo: str | None = None
         """The trial that nothing is to run beside."""
         self._attempts: Counter[tuple[str, str]] = Counter()
+        self._counted: Counter[tuple[str, str]] = Counter()
+        """Those attempts that `RETRIES` limits."""
         self._free = 0
         self._keeps = work.keeps_workers and room.most == room.slots
         # Every result takes the driver some milliseconds.
@@ -204,9 +214,9 @@ class _Crew:
     def begun(self, trial_id: str) -> None:
         self._unbegun.discard(trial_id)
 
-    def complete(self, trial_id: str) -> None:
-        """A trial has ended without an error; its worker is free."""
-        self._free += 1
+    def complete(self, trial_id: str, stays: bool = True) -> None:
+        """A trial has ended without an error; its worker is free if it `stays`."""
+        self._free += stays
         if job := self._end(trial_id):
             self.work.complete(job)
 
@@ -216,12 +226,15 @@ class _Crew:
         job = self._end(trial_id)
         if job is None:
             return
-        attempt = self._attempts[job.kind, job.id] = self._attempts[job.kind, job.id] + 1
-        if kind == "raised" or (alone and kind == "memory") or attempt > RETRIES:
+        key = job.kind, job.id
+        self._attempts[key] += 1
+        self._counted[key] += kind != "taken"
+        if kind == "raised" or (alone and kind == "memory") or self._counted[key] > RETRIES:
             self.work.fail(job, reason)
             return
         (self._alone if alone or kind == "memory" else self._again).append(job)
-        self.work.tell({"event": "retry", job.kind: job.id, "attempt": attempt, "reason": reason})
+        retry = {"event": "retry", job.kind: job.id, "attempt": self._attempts[key]}
+        self.work.tell(retry | {"reason": reason})
 
     def _end(self, trial_id: str) -> Job | None:
         self._unbegun.discard(trial_id)
@@ -269,7 +282,7 @@ class _Heard(_OfCrew, tune.Callback):
             self._crew.work.tell(event)
 
     def on_trial_complete(self, iteration, trials, trial, **info) -> None:  # noqa: ARG002
-        self._crew.complete(trial.trial_id)
+        self._crew.complete(trial.trial_id, stays=not _leaves(trial))
 
     def on_trial_error(self, iteration, trials, trial, **info) -> None:  # noqa: ARG002
         self._crew.lost(trial.trial_id, *why(trial))
@@ -286,7 +299,11 @@ class _Ended(_OfCrew, tune.Stopper):
 
 
 def why(trial: TuneTrial) -> tuple[str, str]:
-    """Why a trial has failed: `lost`, if its worker died, `memory` or `raised`; and in one line."""
+    """Why a trial has failed, and in one line.
+
+    `lost`, if its worker died; `taken`, if its machine did at the end of its notice; `memory` or
+    `raised`.
+    """
     # Tune has the error in these files before its own methods find it.
     text = Path(str(trial.error_file)).read_text(encoding="utf-8").strip()
     pickled = trial.pickled_error_file
@@ -303,9 +320,11 @@ def why(trial: TuneTrial) -> tuple[str, str]:
         return ("memory" if _NO_MEMORY.search(reason) else "raised"), reason
     if found := re.search(r".*running low on memory[^\n]*", text):
         return "memory", f"its worker was killed: {found[0]}"
+    if getattr(error, "preempted", False):
+        return "taken", "its machine was given notice, and taken at its end"
     # What follows lists causes that are common.
     detail = reason.split("Worker exit detail: ")[-1].split(" Some common causes")[0]
-    return "lost", f"its worker was lost: {detail}"
+    return "lost", f"its worker was lost: {detail.strip()}"
 
 
 _NO_MEMORY = re.compile(r"^(\S*\b_Array)?MemoryError\b|can't allocate memory")
@@ -319,3 +338,19 @@ def _tell_of_any_error(self: RayActorManager, tracked_actor_task: Any, exception
     if isinstance(exception, RayError) and not isinstance(exception, RayActorError | RayTaskError):
         exception = RayActorError(error_msg=str(exception))
     _tell_of_error(self, tracked_actor_task, exception)
+
+
+def _leaves(trial: TuneTrial) -> bool:
+    """Whether the machine of a trial's worker was given notice."""
+    noticed, worker = leaving(), trial.temporary_state.ray_actor
+    if not noticed or worker is None:
+        return False
+    return ray_state.actors(worker._actor_id.hex())["Address"]["NodeID"] in noticed
+
+
+_keep = TuneController._maybe_cache_trial_actor
+
+
+def _keep_what_stays(self: TuneController, trial: TuneTrial) -> bool:
+    """Tune would hand the next job to a worker whose machine is about to be taken away."""
+    return not _leaves(trial) and _keep(self, trial)

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from ipaddress import ip_address
 from socket import create_connection
@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 import ray
 from ray._private import ray_constants
+from ray._private import state as ray_state
 from ray._private.authentication.authentication_utils import is_token_auth_enabled
 from ray.autoscaler.sdk import request_resources
 from ray.autoscaler.v2.utils import is_autoscaler_v2
@@ -181,8 +182,15 @@ def workers_now(gpus: float) -> int:
     return int(sum(machine.get(kind, 0) for machine in _machines()))
 
 
+def leaving() -> Collection[str]:
+    """Ids of the nodes that were given notice, as spot machines are: Ray starts nothing there."""
+    return ray_state.state.get_draining_nodes()
+
+
 def _machines() -> list[dict[str, float]]:
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    noticed = leaving()
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in noticed]
+    return [node["Resources"] for node in nodes]
 
 
 def _slots(needed: Mapping[str, float]) -> int:

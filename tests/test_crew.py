@@ -19,6 +19,10 @@ DEATH = (
     "exit detail: Worker unexpectedly exits with a connection error code 2. End of file. Some "
     "common causes include: (1) the process was killed by the OOM killer due to high memory usage."
 )
+GONE = (
+    "The actor died because its node has died. Node Id: 6f17\n"
+    "\tthe actor's node was terminated unexpectedly: no heartbeats"
+)
 KILLED = (
     "1 worker(s) were killed due to the node running low on memory. Memory on the node was 6.91GB "
     "used / 23.54GB limit\nTo see more information about memory usage, use `ray logs`"
@@ -80,6 +84,23 @@ def test_a_job_whose_worker_is_lost_runs_again_three_times_and_then_fails():
     assert work.told[0] == {"event": "retry", "trajectory": "0", "attempt": 1, "reason": "gone"}
     assert work.failed == [("0", "gone")]
     assert crew.over
+
+
+def test_a_job_runs_again_as_often_as_its_machine_is_taken_after_a_notice():
+    work, crew = crew_of(1)
+    for attempt in range(1, 6):
+        assert crew.suggest(str(attempt)) == {"job": 0}
+        crew.lost(str(attempt), "taken", "gone")
+    assert [event["attempt"] for event in work.told] == [1, 2, 3, 4, 5]
+    assert crew.suggest("6") == {"job": 0}
+
+
+def test_a_worker_that_is_to_go_does_not_wait_for_a_job():
+    _, crew = crew_of(2)
+    for name in "ab":
+        crew.suggest(name)
+    crew.complete("a", stays=False)
+    assert crew.suggest("c") is None
 
 
 def test_what_a_job_raised_fails_it_at_once():
@@ -182,6 +203,16 @@ def raised(error: Exception) -> Exception:
             "lost",
             "its worker was lost: Worker unexpectedly exits with a connection error code 2. "
             "End of file.",
+        ),
+        (
+            RayActorError(error_msg=GONE),
+            "lost",
+            "its worker was lost: the actor's node was terminated unexpectedly: no heartbeats",
+        ),
+        (
+            RayActorError(error_msg="The actor died.\n\tactor_id: d11f", preempted=True),
+            "taken",
+            "its machine was given notice, and taken at its end",
         ),
         (
             RayActorError(error_msg=KILLED),

@@ -157,6 +157,17 @@ def test_trajectories_are_what_is_wanted(room):
     assert room.trajectory_count(proposed) == 11
 
 
+def test_machines_that_were_given_notice_have_no_room(room, monkeypatch):
+    nodes = [
+        {"NodeID": "stays", "Alive": True, "Resources": {"CPU": 2.0}},
+        {"NodeID": "goes", "Alive": True, "Resources": {"CPU": 4.0}},
+        {"NodeID": "gone", "Alive": False, "Resources": {"CPU": 8.0}},
+    ]
+    monkeypatch.setattr(room.ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(room.ray_state.state, "get_draining_nodes", lambda: {"goes": 0})
+    assert room.workers_now(0.0) == 2
+
+
 @pytest.mark.parametrize("given", ["soon", "-1", "inf", "nan"])
 def test_a_deadline_that_is_none(room, monkeypatch, given):
     monkeypatch.setenv("RAYTICKETS_DEADLINE_S", given)
