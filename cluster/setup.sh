@@ -17,7 +17,8 @@ if [ -n "$RAYTICKETS_NFS" ] && ! mountpoint -q /mnt/raytickets; then
 fi
 sudo mkdir -p /mnt/raytickets
 [ -w /mnt/raytickets ] || sudo chown "$(id -u):$(id -g)" /mnt/raytickets
-mkdir -p "$RAYTICKETS_STORAGE" /mnt/raytickets/data
+mkdir -p /mnt/raytickets/data
+case $RAYTICKETS_STORAGE in *://*) ;; *) mkdir -p "$RAYTICKETS_STORAGE" ;; esac
 
 # The versions are those that pyproject.toml pins; PyTorch is built for the GPU found here, if any.
 [ -x "$environment/bin/uv" ] || python3 -m venv "$environment"
