@@ -5,9 +5,12 @@ and `spaces`.
 import contextlib
 import dataclasses
 import gc
+import itertools
+import re
 import shlex
 import signal
 import sys
+from importlib.metadata import version
 from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -173,7 +176,8 @@ def _run(
     from raytickets.plan import default_name, opened
 
     # The name is settled here so that one that is interrupted can be told how to go on.
-    name = options.pop("name") or default_name(space, kind)
+    name = options.pop("name")
+    name = default_name(space, kind) if name is None else name
     again = f"interrupted; the same command with the {kind}'s name goes on:\n  {_again(name)}"
     console, code = Console(), 0
     try:
@@ -284,7 +288,7 @@ def retrain(
     from raytickets.ticket import DamagedTicket
 
     gc.enable()
-    line = "interrupted; the same command begins it again"
+    line = "interrupted; the same command goes on"
     try:
         with interruptible(line), Progress(Console(), space) as progress:
             done = retrain_ticket(
@@ -300,6 +304,9 @@ def retrain(
     except SweepFailed as error:
         print(f"raytickets: {error}", file=sys.stderr)
         return FAILED
+    except KeyboardInterrupt:
+        print(line)
+        return INTERRUPTED
     print(f"test accuracy {done['test_accuracy']:.2%}, saved as {shown(sweep.path / done['path'])}")
     return 0
 
@@ -316,6 +323,7 @@ def sync(sweep: Found, *, tracking_uri: Annotated[str | None, arg(metavar="URI")
 
     from raytickets.tracking import Undelivered, sync
 
+    gc.enable()
     try:
         with hold(found.path):
             done = sync(found.path, tracking_uri)
@@ -365,10 +373,13 @@ def _ticket(given: str) -> Path:
     path = place(given)
     if path.is_dir() or shown(path) != str(path):
         return path.resolve()
-    storage = Path(STORAGE)
-    found = [*storage.glob(f"*/tickets/{given}"), *storage.glob(f"*/retrained/{given}")]
+    known = re.fullmatch(r"[0-9a-f]{16}", given)
+    places = [Path(STORAGE).glob(f"*/{kind}/{given}") for kind in ("tickets", "retrained")]
+    found = sorted(itertools.chain(*places)) if known else []
     if not found:
         raise InputError("ticket", given, "must be a ticket's folder, or an id under ./sweeps")
+    if len(found) > 1:
+        raise InputError("ticket", given, f"is in several sweeps: {', '.join(map(str, found))}")
     return found[0].resolve()
 
 
@@ -379,6 +390,9 @@ def main() -> None:
     process runs the sweep of this name. 130: interrupted, by Ctrl-C or SIGTERM.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if sys.argv[1:] == ["--version"]:
+        print(version("raytickets"))
+        sys.exit(0)
     gc.disable()  # The garbage of importing torch is none; collecting it takes a second.
     try:
         code = app.cli(prog="raytickets", description=ABOUT, config=(FlagCreatePairsOff,))
@@ -390,6 +404,9 @@ def main() -> None:
     except Held as error:
         print(f"raytickets: {error}", file=sys.stderr)
         code = HELD
+    except OSError as error:
+        print(f"raytickets: {error}", file=sys.stderr)
+        code = FAILED
     sys.exit(code)
 
 

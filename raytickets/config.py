@@ -111,7 +111,7 @@ class Network:
 
     `name` is a built-in (`cifar_vgg`, `cifar_resnet`, `cifar_preresnet`), a torchvision
     classification network (`resnet18`, `mobilenet_v2`, ...), one of timm as `timm/resnet18`, or
-    the user's own as `package.module:function`, called as
+    the user's own as `package.module:function` or `file.py:function`, called as
     `function(num_classes=..., in_channels=..., **options)`.
     """
 

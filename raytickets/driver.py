@@ -120,32 +120,36 @@ def run(
     assert lease is not None
     compared = plan.opening["event"] == "comparison"
     wanted = source_count(plan.opening) if compared else None
-    cluster = connected(space, address, wanted)
-    with _running(cluster, plan.folder, lease, tracking_uri, observer) as (room, told):
-        if not compared:  # A comparison retrains each ticket in one process.
-            worker_count(space, room.workers, grows=room.most > room.slots)
-        tell = told if compared or not space.optuna else _with_study(plan, told)
-        if plan.opening not in sweep.events():
-            tell(plan.opening)  # If this fails nothing else is to be the journal's first event.
-        cause = None
-        try:
-            data = ray.put(plan.dataset)
-            if compared:
-                run_contest(space, sweep, data, room, tell)
-            else:
-                run_search(space, sweep, data, room, tell)
-                _retrain_winners(space, sweep, data, room, tell)
-        except Held:
-            raise
-        except KeyboardInterrupt:
-            tell({"event": "end", "state": "interrupted", "reason": ""})
-            raise
-        except Exception as error:
-            cause = error
-        reasons = [f"{event['trajectory']}: {event['reason']}" for event in sweep.failures()]
-        reasons += [_last_line(str(cause) or repr(cause))] if cause else []
-        reason = _advised("; ".join(reasons), plan.folder)
-        tell({"event": "end", "state": "failed" if reason else "done", "reason": reason})
+    cluster, cause, reason = connected(space, address, wanted), None, ""
+    try:
+        with _running(cluster, plan.folder, lease, tracking_uri, observer) as (room, told):
+            if not compared:  # A comparison retrains each ticket in one process.
+                worker_count(space, room.workers, grows=room.most > room.slots)
+            tell = told if compared or not space.optuna else _with_study(plan, told)
+            if plan.opening not in sweep.events():
+                tell(plan.opening)  # If this fails nothing else is to be the journal's first event.
+            try:
+                data = ray.put(plan.dataset)
+                if compared:
+                    run_contest(space, sweep, data, room, tell)
+                else:
+                    run_search(space, sweep, data, room, tell)
+                    _retrain_winners(space, sweep, data, room, tell)
+            except Held:
+                raise
+            except KeyboardInterrupt:
+                tell({"event": "end", "state": "interrupted", "reason": ""})
+                raise
+            except Exception as error:
+                cause = error
+            reasons = [f"{event['trajectory']}: {event['reason']}" for event in sweep.failures()]
+            reasons += [_last_line(str(cause) or repr(cause))] if cause else []
+            reason = _advised("; ".join(reasons), plan.folder)
+            tell({"event": "end", "state": "failed" if reason else "done", "reason": reason})
+    except SweepFailed as owed:
+        if reason:
+            raise SweepFailed(f"a stage failed: {reason}; {owed}") from cause
+        raise
     if reason:
         raise SweepFailed(f"a stage failed: {reason}") from cause
     return sweep
@@ -314,8 +318,7 @@ def _told(
             raise
         finally:
             owed = tracker.close(patience_s)
-            if not lost:
-                journal.close()
+            journal.close(upload=not lost)
     except OSError as error:
         raise SweepFailed(_advised(str(error), folder)) from error
     if owed:

@@ -85,7 +85,7 @@ class Journal:
         for event in events:
             self._remember(event)
         self._away = storage.address(self.path) != str(self.path)
-        self._closing = threading.Event()
+        self._closing, self._uploading = threading.Event(), threading.Lock()
         if self._away:
             threading.Thread(target=self._keep, name="journal", daemon=True).start()
 
@@ -112,12 +112,13 @@ class Journal:
         self._remember(event)
         return True
 
-    def close(self) -> None:
-        """Raises OSError if the last upload fails."""
+    def close(self, upload: bool = True) -> None:
+        """Raises OSError if the last upload fails; without `upload` there is none."""
         self._closing.set()
         self._file.close()
-        if self._away:
-            storage.keep(self.path)
+        if self._away and upload:
+            with self._uploading:
+                storage.keep(self.path)
 
     def _remember(self, event: Event) -> None:
         if key := _key(event):
@@ -131,7 +132,8 @@ class Journal:
         while not self._closing.wait(KEEP_S):
             if kept < (size := self._size):
                 try:
-                    storage.keep(self.path)
+                    with self._uploading:
+                        storage.keep(self.path)
                     kept = size
                 except OSError:
                     continue  # The next one may succeed, and the last one tells.

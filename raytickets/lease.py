@@ -104,11 +104,16 @@ def _locked(folder: Path) -> Iterator[IO[str]]:
                 before = _parsed(file.read())
                 raise Held(folder.name, before and before.holder) from None
             # What was refused removes its new folder: this may be the file of one that is gone.
-            with contextlib.suppress(FileNotFoundError):
-                if os.fstat(file.fileno()).st_ino != path.stat().st_ino:
-                    continue
+            if _is_at(file, path):
                 yield file
                 return
+
+
+def _is_at(file: IO[str], path: Path) -> bool:
+    try:
+        return os.fstat(file.fileno()).st_ino == path.stat().st_ino
+    except FileNotFoundError:
+        return False
 
 
 @contextlib.contextmanager
@@ -185,8 +190,10 @@ def _next(before: str) -> Lease:
 
 
 def _parsed(text: str) -> Lease | None:
-    if not text:
+    """None for a file that is new, or that a lost machine left damaged."""
+    try:
+        # A writer that was killed may have left the end of a longer text.
+        found, _ = json.JSONDecoder().raw_decode(text)
+        return Lease(Holder(**found["holder"]), found["token"])
+    except (ValueError, KeyError, TypeError):
         return None
-    # A writer that was killed may have left the end of a longer text.
-    found, _ = json.JSONDecoder().raw_decode(text)
-    return Lease(Holder(**found["holder"]), found["token"])

@@ -18,6 +18,7 @@ linear layers alone, PyTorch's quantisation-aware training rounds the forward pa
 
 import copy
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,6 +149,7 @@ def _snip(trajectory: Trajectory, network: nn.Module) -> Iterator[list[Event]]:
     size = max(SNIP_BATCH, setting.space.retraining.batch_size)
     images, labels = next(setting.batches.training(size, seeded("snip", trajectory.seed)))
     looked = copy.deepcopy(network).requires_grad_(True)
+    torch.manual_seed(seeded("dropout", trajectory.seed).initial_seed())
     F.cross_entropy(setting.numerics.exact.logits(looked, images), labels).backward()
     scores = sensitivity(looked, setting.groups)
     ledger = _ledger(trajectory.meter, setting.dense_macs, len(labels))
@@ -366,6 +368,8 @@ def retrain_alone(setting: Setting, path: Path) -> Iterator[list[Event]]:
     losses = fit(network, learner.optimizer, batches, recipe, order, how, first=first)
     with checkpoint.Writer(folder, newest) as writer:
         for epoch, (_, loss) in enumerate(losses, start=first + 1):
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"the loss was {loss} in epoch {epoch}")
             told.append(epoch_event(ticket.id, epoch, loss, network, batches, recipe, how))
             yield told[-1:]
             writer.save(learner.tensors(), state())

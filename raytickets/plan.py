@@ -63,7 +63,7 @@ def opened(
     newest goes on if it has not ended, or has failed once. Else the next one starts, as it does if
     the space or the images changed.
     """
-    name = name or default_name(space, kind)
+    name = default_name(space, kind) if name is None else name
     folder = sweep_folder(storage, name)
     with contextlib.ExitStack() as held:
 
@@ -123,7 +123,7 @@ def make_plan(
     With `new` all that the folder holds is kept under another name, and it starts anew. `series`
     is the one that the sweep is of.
     """
-    name = name or default_name(space, kind)
+    name = default_name(space, kind) if name is None else name
     folder = sweep_folder(storage, name)
     try:
         if new and address(folder) != str(folder):

@@ -123,6 +123,8 @@ class _Told:
 
     def hear(self, event: Event) -> None:
         run = event["run"]
+        if run in self.ended:
+            return  # A group that was started again tells of all its networks.
         if event["event"] == "retry":
             self._retries[run] += 1
             event = {"event": "retry", "run": run, "attempt": self._retries[run]} | event

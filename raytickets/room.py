@@ -47,7 +47,7 @@ class Room:
     most: int
     """Trials worth asking for at once: `slots`, or more on a cluster that can grow."""
     workers: int
-    """What retraining has when the sweep starts: `workers_now`."""
+    """`workers_now` when the sweep starts; there may be others when retraining begins."""
 
 
 @contextlib.contextmanager
@@ -104,11 +104,11 @@ def _connect(address: str | None) -> str:
         with _loopback():
             _init(address, include_dashboard=False)
         return address
-    place = urlsplit(f"//{address}")
     if "://" in address:
         allowed = "must be auto or host:port; from elsewhere: ray job submit (cluster/README.md)"
         raise InputError(field, address, allowed)
     try:
+        place = urlsplit(f"//{address}")
         if place.port:
             # Ray itself waits for minutes for a head node that is not there.
             create_connection((place.hostname, place.port), timeout=5).close()

@@ -15,6 +15,7 @@ from typing import Any
 from raytickets import comparison, halving, plots, storage
 from raytickets.config import SearchSpace
 from raytickets.journal import Event
+from raytickets.sweep import ticket_folder
 
 ABOUT = {
     "sweep": """This sweep looked for early-bird tickets: smaller networks that train as well.
@@ -106,7 +107,9 @@ class Runs:
                 self._add_ticket(event)
             case "proof":
                 proof = _pick(event, "proof_accuracy", "proof_macs")
-                self.all[event["ticket"]].measure(proof, event["rung"])
+                run = self.all[event["ticket"]]
+                run.measure(proof, event["rung"])
+                run.wanted = "FINISHED"
             case "trajectory":
                 self._end_trajectory(event)
             case "winners" if self._space.optuna and top.status != "FINISHED":
@@ -248,7 +251,7 @@ class Runs:
             run.measure(_pick(event, "proof_accuracy", "proof_macs"), step=1)
         if run.status == "FINISHED":
             return  # From an earlier time, files and all.
-        run.files["ticket"] = self._folder / event["path"]
+        run.files["ticket"] = ticket_folder(self._folder, event["path"])
         if event["method"] != "dense":
             run.files["kept_channels.png"] = plots.kept_channels(event["kept"])
 

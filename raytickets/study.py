@@ -171,12 +171,12 @@ def settle(
     One that has not ended and has a folder in `checkpoints` stays, for it can be gone on with.
     `numbers` are the trials it may be of; None is all.
     """
-    dense_macs = events[0]["dense"]["macs"]
+    dense_macs, kept = events[0]["dense"]["macs"], storage.names(checkpoints)
     for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
         if numbers is None or trial.number in numbers:
             mine = [event for event in events if _number(event) == trial.number]
             ended = any(event["event"] == "trajectory" for event in mine)
-            if ended or not any(checkpoints.glob(f"trial{trial.number}-*")):
+            if ended or not any(name.startswith(f"trial{trial.number}-") for name in kept):
                 values = outcome(space, dense_macs, mine) if ended else None
                 state = TrialState.FAIL if values is None else TrialState.COMPLETE
                 study.tell(trial.number, values, state)

@@ -244,3 +244,10 @@ def _rank_correlation(pairs: Sequence[tuple[float, float]]) -> dict[str, Any]:
 def select(events: Iterable[Event], kind: str) -> list[Event]:
     """The events of one kind, in order."""
     return [event for event in events if event["event"] == kind]
+
+
+def ticket_folder(sweep: Path, place: object) -> Path:
+    """The folder of a ticket from the `path` of an event; InputError if it leaves the sweep."""
+    if not isinstance(place, str) or not re.fullmatch(r"(tickets|retrained)/[0-9a-z]+", place):
+        raise InputError("journal", place, "must name the place of a ticket in its sweep")
+    return sweep / place

@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 import shutil
 import stat
 import tempfile
@@ -288,13 +287,6 @@ def load_ticket(path: str | Path, *, trust_code: bool = False) -> Ticket:
     except (OSError, ValueError, RecursionError, safetensors.SafetensorError) as error:
         raise DamagedTicket(f"{path}: not a whole ticket ({error})") from error
     return Ticket(path, manifest, trust_code)
-
-
-def ticket_folder(sweep: Path, place: object) -> Path:
-    """The folder of a ticket from the `path` of an event; DamagedTicket if it leaves the sweep."""
-    if not isinstance(place, str) or not re.fullmatch(r"(tickets|retrained)/[0-9a-f]{16}", place):
-        raise DamagedTicket(f"{sweep}: {place!a:.80} is not the place of a ticket in a sweep")
-    return sweep / place
 
 
 @contextlib.contextmanager

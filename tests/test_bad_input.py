@@ -210,6 +210,7 @@ SEARCHES = [
     (nothing, "images", "space: 'images' .* must be one of .* a .py file"),
     (nothing, "mine:FIELDS", "space: 'mine:FIELDS' .* must define a function `FIELDS`"),
     (nothing, "mine.py --name a/b", "name: 'a/b' .* letters, digits"),
+    (nothing, "mine.py --name=", "name: '' .* letters, digits"),
     (nothing, "mine.py --name ..", r"name: '\.\.' .* letters, digits"),
     (nothing, "mine.py --name a*b", r"name: 'a\*b' .* letters, digits"),
     (nothing, "mine.py --name .hidden", r"name: '\.hidden' .* letters, digits"),
@@ -308,6 +309,7 @@ NOT_FOUND = [
     ("report ftp://host/x", "storage: 'ftp://host/x' .* must be a folder, or one of s3:"),
     ("report s3://", "storage: 's3://' .* must be a bucket"),
     ("show nosuch", "ticket: 'nosuch' .* must be a ticket's folder, or an id"),
+    ("show *", r"ticket: '\*' .* must be a ticket's folder, or an id"),
     ("show mine.py", r"ticket: 'mine\.py' .* must be a ticket's folder, or an id"),
     ("show /nosuch", "ticket: '/nosuch' .* must be a ticket's folder, or an id"),
     ("show images", "ticket: 'images' .* not a whole ticket .*'cat'"),
@@ -391,6 +393,7 @@ def test_arguments_that_there_are_not(cli, words, said):
     ("name", "value", "arguments", "said"),
     [
         ("RAY_ADDRESS", "ftp://host", "", "RAY_ADDRESS: 'ftp://host' .* must be auto or host:port"),
+        ("RAY_ADDRESS", "[::1", "", r"RAY_ADDRESS: '\[::1' .* no Ray cluster"),
         ("RAY_ADDRESS", "127.0.0.1:1", "", r"RAY_ADDRESS: '127\.0\.0\.1:1' .* no Ray cluster"),
         ("RAYTICKETS_DEADLINE_S", "soon", "", "RAYTICKETS_DEADLINE_S: 'soon' .* at least 0"),
         ("MLFLOW_TRACKING_URI", "ftp://host", "", "tracking_uri: 'ftp://host' .* unsupported"),

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -103,6 +104,24 @@ def test_show_is_found_by_id_or_folder(found, cli):
     assert "cifar_vgg depth=9 width=0.125" in output
 
 
+def test_an_id_that_several_sweeps_have_needs_a_folder(found, refusal, monkeypatch, tmp_path):
+    for name in ("first", "second"):
+        shutil.copytree(found.path, tmp_path / "sweeps" / name / "tickets" / found.id)
+    monkeypatch.chdir(tmp_path)
+    said = f"sweeps/first/tickets/{found.id}, sweeps/second/tickets/{found.id}"
+    assert refusal("show", found.id).endswith(f"is in several sweeps: {said}")
+
+
+def test_what_the_system_refuses_is_one_line(found, cli, monkeypatch):  # noqa: ARG001
+    def unreadable(*_):
+        raise PermissionError(13, "Permission denied", "journal.jsonl")
+
+    monkeypatch.setattr(Sweep, "events", unreadable)
+    code, output, errors = cli("report", "first")
+    assert (code, output) == (3, "")
+    assert errors == "raytickets: [Errno 13] Permission denied: 'journal.jsonl'\n"
+
+
 def test_show_as_json_is_the_manifest(found, cli):
     code, output, _ = cli("show", found.id, "--json")
     assert code == 0
@@ -115,6 +134,10 @@ def test_spaces_lists_what_comes_with_raytickets(cli):
     names = [line.split()[0] for line in output.splitlines()]
     assert names == [*built_in()]
     assert {"digits", "cifar10_vgg16", "imagenet_resnet50"} <= {*names}
+
+
+def test_the_version_is_that_of_the_package(cli):
+    assert cli("--version") == (0, f"{version('raytickets')}\n", "")
 
 
 def test_help_names_every_command(cli):

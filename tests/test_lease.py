@@ -56,6 +56,20 @@ def test_a_lease_names_its_holder_and_its_number_grows(tmp_path):
         assert (lease.token, later.token) == (1, 2)
 
 
+def test_what_goes_wrong_under_a_lease_comes_through(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nosuch"), hold(tmp_path / "first"):
+        (tmp_path / "nosuch").read_text()
+
+
+@pytest.mark.parametrize("damage", [b"\0" * 80, b"{}", b'{"holder": 3}'])
+def test_a_damaged_lease_can_be_held(tmp_path, damage):
+    folder = tmp_path / "first"
+    folder.mkdir()
+    (folder / FILE).write_bytes(damage)
+    with hold(folder) as lease:
+        assert lease.token == 1
+
+
 def test_a_second_holder_is_told_of_the_first(tmp_path):
     folder = tmp_path / "first"
     with hold(folder) as lease:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from raytickets import cost, methods
 from raytickets.config import (
@@ -295,6 +296,27 @@ def test_snip_scores_the_initial_network_and_leaves_it_alone(compared, found, de
     every = torch.cat(list(scores.values()))
     cut = torch.tensor([c == "1" for g in ticket.manifest["groups"] for c in g["cut"]])
     assert every[cut].min() > every[~cut].max()
+
+
+def with_dropout(*, num_classes, in_channels):
+    return nn.Sequential(
+        nn.Conv2d(in_channels, 16, 3),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Dropout(0.5),
+        nn.Flatten(),
+        nn.Linear(16 * 36, num_classes),
+    )
+
+
+def test_snip_repeats_bit_for_bit_whatever_was_drawn_before(dataset, tmp_path):
+    space = changed(network=Network("test_methods:with_dropout"), round_to=1)
+    tickets = []
+    for name in ("a", "b"):
+        torch.rand(len(tickets) + 1)
+        events = events_of(space, dataset, tmp_path / name, "snip")
+        tickets.append([event["ticket"] for event in select(events, "ticket")])
+    assert tickets[0] == tickets[1]
 
 
 def test_low_precision_finds_another_ticket_and_saves_it_in_float32(compared, found):
@@ -587,6 +609,14 @@ def test_a_retraining_that_was_stopped_is_as_one_that_never_was(
     assert timeless(told) == timeless([whole])
     (again,) = begin()
     assert again == [event for events in told for event in events]
+
+
+def test_a_retraining_that_diverges_says_so(found, compared, dataset, tmp_path):
+    folder, _ = compared
+    recipe = dataclasses.replace(SPACE.retraining, learning_rate=1e30)
+    setting = prepare(changed(retraining=recipe), dataset, tmp_path)
+    with pytest.raises(FloatingPointError, match=r"the loss was (nan|inf) in epoch"):
+        list(retrain_alone(setting, folder / found["snip", 0.3]["path"]))
 
 
 def test_retraining_starts_from_the_tickets_weights_and_its_seed(found, compared, dataset):

@@ -18,7 +18,7 @@ import raytickets.driver  # noqa: F401 - it sets what Ray reads when it is impor
 from raytickets.config import Data, InputError, Network, Retraining, SearchSpace, Training
 from raytickets.data import load_data
 from raytickets.models import build_network
-from raytickets.retrain import DENSE, RETRIES, Job, retrain, weigh, worker_count
+from raytickets.retrain import DENSE, RETRIES, Job, _Told, retrain, weigh, worker_count
 from raytickets.shrink import channel_groups, shrink
 from raytickets.sweep import select
 from raytickets.ticket import group_masks, load_ticket, save_ticket
@@ -50,6 +50,15 @@ def test_workers_are_what_is_there_or_what_was_asked_for(asked, batch, available
     retraining = Retraining(epochs=3, batch_size=batch, num_workers=asked)
     space = dataclasses.replace(SPACE, retraining=retraining)
     assert worker_count(space, available) == workers
+
+
+def test_a_group_that_starts_again_tells_nothing_twice_of_networks_that_are_done():
+    heard = []
+    told, epoch = _Told(heard.append), {"event": "epoch", "run": "a", "epoch": 1}
+    whole = [epoch, {"event": "retrained", "run": "a"}]
+    for event in [*whole, *whole, epoch | {"run": "b"}]:
+        told.hear(event)
+    assert heard == [*whole, epoch | {"run": "b"}]
 
 
 @pytest.mark.parametrize("asked", [2, (2, 4)])

@@ -242,6 +242,16 @@ def test_retries_are_counted_and_their_reasons_shown(tmp_path: Path):
         assert runs[key].wanted == "RUNNING"
 
 
+def test_a_ticket_whose_proof_was_tried_again_has_ended(tmp_path: Path):
+    retry = {"event": "retry", "run": made_up_sweep.SMALL, "attempt": 1, "reason": "lost"}
+    events = list(made_up_sweep.SEARCHED)
+    proved = next(place for place, event in enumerate(events) if event["event"] == "proof")
+    run = runs_of([*events[:proved], retry], tmp_path).all[made_up_sweep.SMALL]
+    assert run.wanted == "RUNNING"
+    run = runs_of([*events[:proved], retry, *events[proved:]], tmp_path).all[made_up_sweep.SMALL]
+    assert run.wanted == "FINISHED"
+
+
 def test_what_had_no_end_when_the_sweep_ended_is_interrupted(tmp_path: Path):
     end: Event = {"event": "end", "state": "interrupted", "reason": "SIGTERM"}
     cut = [event for event in made_up_sweep.SEARCHED if event["event"] != "trajectory"][:7]

@@ -25,7 +25,7 @@ from made_up_sweep import (
 
 from raytickets import comparison
 from raytickets.config import InputError
-from raytickets.sweep import Sweep, standing
+from raytickets.sweep import Sweep, standing, ticket_folder
 
 ROW = {
     *("run", "path", "penalty", "prune_ratio", "seed", "draw_epoch", "macs", "params"),
@@ -272,3 +272,13 @@ def test_a_sweep_at_an_address_is_read_from_its_local_copy(tmp_path, monkeypatch
     assert found.opening() == OPENING
     with pytest.raises(InputError, match="must be a folder, or one of s3://"):
         Sweep("ftp://bucket/sweeps/first")
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["../x", "/etc", "tickets/..", f"tickets/{'1' * 16}/..", f"tickets/{'1' * 16}\n", 3, None],
+)
+def test_an_event_cannot_name_a_place_outside_the_sweep(tmp_path, place):
+    with pytest.raises(InputError, match=r"journal: .* must name the place of a ticket"):
+        ticket_folder(tmp_path, place)
+    assert ticket_folder(tmp_path, f"retrained/{'1' * 16}").parent.parent == tmp_path
