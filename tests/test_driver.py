@@ -11,7 +11,7 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from raytickets import load_ticket, search
+from raytickets import driver, load_ticket, search, tracking
 from raytickets.config import (
     Data,
     Halving,
@@ -203,6 +203,19 @@ def test_a_sweep_cut_off_goes_on_where_it_was(sweep, place, store):
     )
     assert ids(again) == ids(sweep)
     assert again.report()["winners"] == sweep.report()["winners"]
+
+
+@pytest.mark.usefixtures("ray_instance")
+def test_a_failure_is_told_beside_what_mlflow_is_owed(store, tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("no space left")
+
+    monkeypatch.setattr(driver, "run_search", fail)
+    close, owed = tracking.Tracker.close, "2 events did not reach MLflow"
+    monkeypatch.setattr(tracking.Tracker, "close", lambda *given: close(*given) or owed)
+    said = "a stage failed: no space left; 2 events did not reach MLflow"
+    with pytest.raises(SweepFailed, match=said):
+        search(SPACE, name="both", storage=tmp_path, tracking_uri=store)
 
 
 @pytest.mark.slow
