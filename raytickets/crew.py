@@ -278,7 +278,8 @@ class _Heard(_OfCrew, tune.Callback):
         self._crew.begun(trial.trial_id)
 
     def on_trial_result(self, iteration, trials, trial, result, **info) -> None:  # noqa: ARG002
-        for event in result["events"]:
+        # Tune keeps every trial's last result for as long as the sweep runs.
+        for event in result.pop("events"):
             self._crew.work.tell(event)
 
     def on_trial_complete(self, iteration, trials, trial, **info) -> None:  # noqa: ARG002

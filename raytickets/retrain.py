@@ -47,7 +47,8 @@ RETRIES = 2
 """How often a network's workers are started again without an epoch done in between."""
 
 _STARTS = 30
-"""How often Ray Train waits a minute for machines with room for the workers."""
+"""How often Ray Train waits another minute for machines with room for as many workers as were asked
+for."""
 
 
 @dataclass(frozen=True)
@@ -97,19 +98,21 @@ def retrain(
     failed = 0
     while left := [job for job in jobs if job.run not in told.ended]:
         before = len(told.epochs)
+        ours = space.retraining.num_workers is None and isinstance(num_workers, int)
         try:
-            _run_group(space, left, data, sweep, num_workers, told, use_gpu)
+            _run_group(space, left, data, sweep, num_workers, told, use_gpu, 0 if ours else _STARTS)
             return
         except ControllerError:
-            raise  # Ray Train's own failure: its workers could not be started for `_STARTS` minutes
+            if not ours:
+                raise  # Ray Train's own failure: there was no room for as many minutes.
         except TrainingFailedError as error:
             failed = 1 if len(told.epochs) > before else failed + 1
             left = [job for job in left if job.run not in told.ended]
             if failed > RETRIES or not left or _bound_to_fail(error):
                 raise
             told.hear({"event": "retry", "run": left[0].run, "reason": _reason(error)})
-        if space.retraining.num_workers is None and isinstance(num_workers, int):
-            # The machine of a lost worker may not come back, and Ray hears of its loss late.
+        if ours and isinstance(num_workers, int):
+            # A lost machine may not come back, and Ray hears of its loss late.
             num_workers = (1, num_workers)
 
 
@@ -171,6 +174,7 @@ def _run_group(
     num_workers: int | tuple[int, int],
     told: _Told,
     use_gpu: bool,
+    starts: int,
 ) -> None:
     with told.listening() as queue:
         trainer = _Trainer(
@@ -189,7 +193,7 @@ def _run_group(
                 # Lost workers come back to `retrain`, which knows of progress and of what is left
                 # of the cluster: Ray Train would wait for a lost machine.
                 failure_config=FailureConfig(
-                    max_failures=0, max_preemption_failures=0, controller_failure_limit=_STARTS
+                    max_failures=0, max_preemption_failures=0, controller_failure_limit=starts
                 ),
             ),
         )
