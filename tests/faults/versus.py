@@ -34,7 +34,7 @@ def space():
         penalties=(1e-4, 1e-3),
         prune_ratios=(0.5,),
         training=Training(epochs={epochs}, batch_size=32, learning_rate=0.01),
-        stop_rule=StopRule(threshold=1e-9),
+        stop_rule=StopRule(window={epochs}, threshold=1e-9),
         retraining=Retraining(epochs=1, batch_size=32, learning_rate=0.01),
     )
 """
