@@ -58,9 +58,14 @@ class Batches:
         return max(len(self._labels["train"]) // size, 1)
 
     def training(
-        self, size: int, generator: torch.Generator, rank: int = 0, world: int = 1
+        self,
+        size: int,
+        generator: torch.Generator,
+        rank: int = 0,
+        world: int = 1,
+        first: int = 0,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """One epoch of shuffled, cropped and flipped training batches.
+        """One epoch of shuffled, cropped and flipped training batches, from the `first` on.
 
         Each of `world` workers, at most `size`, gets its own share of every batch, the first ones
         an image more where `world` does not divide it: together they have each image of the epoch
@@ -74,7 +79,7 @@ class Batches:
         seeds = None
         if self.random_resized_crop:
             seeds = torch.randint(2**63 - 1, (total,), generator=generator)
-        places = order[: count * size].view(count, size)[:, rank::world]
+        places = order[: count * size].view(count, size)[first:, rank::world]
         # Moved once for the epoch: a GPU never waits for the next batch's.
         down, right = shifts[:, places].to(self.device)
         flipped = flips[places].to(self.device)

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +19,11 @@ import safetensors.torch
 from torch import Tensor
 
 from raytickets import storage
+
+FORMAT = 2
+"""Of what training keeps in them, for what goes on from them to compare."""
+INTERVAL_S = 60.0
+"""Between checkpoints within an epoch; spot machines are taken two minutes after their notice."""
 
 _NAME = re.compile(r"\d{8}-[0-9a-f]{16}\.safetensors")
 
@@ -101,6 +107,7 @@ class Writer:
     def __init__(self, folder: Path, number: int = 0):
         """`number` is that of the generation to go on from."""
         self.folder, self._number = folder, number
+        self._begun = time.monotonic()
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
 
@@ -110,10 +117,16 @@ class Writer:
     def __exit__(self, *_: object) -> None:
         self._thread.shutdown()
 
+    @property
+    def due(self) -> bool:
+        """Whether the last one was begun `INTERVAL_S` ago."""
+        return time.monotonic() - self._begun >= INTERVAL_S
+
     def save(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any], keep: int = 2) -> None:
         """Begin to save the next generation; nothing given may be changed afterwards."""
         self.wait()
         self._number += 1
+        self._begun = time.monotonic()
         self._pending = self._thread.submit(save, self.folder, self._number, tensors, state, keep)
 
     def wait(self) -> None:

@@ -13,7 +13,7 @@ import sys
 from importlib.metadata import version
 from json import dumps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -22,12 +22,10 @@ from tyro.conf import FlagCreatePairsOff, Positional, arg
 from raytickets.config import InputError, SearchSpace
 from raytickets.journal import NAME
 from raytickets.lease import Held, hold
+from raytickets.plan import Kind, check_services, check_store, default_name, opened
 from raytickets.spaces import built_in, load_space
 from raytickets.storage import address as shown
 from raytickets.sweep import Sweep, place
-
-if TYPE_CHECKING:
-    from raytickets.plan import Kind
 
 BAD_INPUT, FAILED, HELD, INTERRUPTED = 2, 3, 4, 130
 """Exit codes besides 0, which means that everything asked for was done."""
@@ -170,11 +168,10 @@ def _space(given: str, data: str | None, smoke: bool) -> SearchSpace:
 
 
 def _run(
-    space: SearchSpace, kind: "Kind", options: dict[str, Any], address: str | None, uri: str | None
+    space: SearchSpace, kind: Kind, options: dict[str, Any], address: str | None, uri: str | None
 ) -> int:
     """Run a sweep or a comparison, and show it; `options` are those of `plan.opened`."""
-    from raytickets.plan import default_name, opened
-
+    check_services(address, uri)
     # The name is settled here so that one that is interrupted can be told how to go on.
     name = options.pop("name")
     name = default_name(space, kind) if name is None else name
@@ -282,6 +279,7 @@ def retrain(
     space = sweep.space()
     if epochs is not None:
         space = space.with_retraining(epochs=epochs)
+    check_services(address, tracking_uri)
 
     from raytickets.console import Progress
     from raytickets.driver import SweepFailed, interruptible, retrain_ticket
@@ -320,6 +318,8 @@ def sync(sweep: Found, *, tracking_uri: Annotated[str | None, arg(metavar="URI")
     """
     found = _sweep(sweep)
     found.opening()
+    if tracking_uri:
+        check_store(tracking_uri)
 
     from raytickets.tracking import Undelivered, sync
 

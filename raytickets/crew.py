@@ -26,7 +26,8 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
 from raytickets.journal import Event
-from raytickets.room import Room, leaving
+from raytickets.plan import deadline_s
+from raytickets.room import LOOK_S, Room, Waiting, leaving
 from raytickets.sweep import Sweep
 
 RETRIES = 3
@@ -124,7 +125,10 @@ def run_crew(
     room: Room,
     scheduler: TrialScheduler | None = None,
 ) -> None:
-    """Do all the work, on as many workers as the room has or can get."""
+    """Do all the work, on as many workers as the room has or can get.
+
+    Raises NoRoom if for `RAYTICKETS_DEADLINE_S` seconds no job ran and no machine had room.
+    """
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # The events tell of failures.
     RayActorManager._actor_task_failed = _tell_of_any_error
     TuneController._maybe_cache_trial_actor = _keep_what_stays
@@ -174,6 +178,8 @@ class _Crew:
         self._keeps = work.keeps_workers and room.most == room.slots
         # Every result takes the driver some milliseconds.
         self._pause = max(0.2, room.slots / 50)
+        self._no_room = Waiting(room.needed, deadline_s())
+        self._looked = float("-inf")
 
     @property
     def over(self) -> bool:
@@ -213,6 +219,15 @@ class _Crew:
 
     def begun(self, trial_id: str) -> None:
         self._unbegun.discard(trial_id)
+        self._no_room.end()
+
+    def look(self) -> None:
+        """Look for machines if none does a job, at most once a second; NoRoom by the deadline."""
+        if self.over or self._running.keys() - self._unbegun:
+            return
+        if (now := time.monotonic()) - self._looked >= LOOK_S:
+            self._looked = now
+            self._no_room.look()
 
     def complete(self, trial_id: str, stays: bool = True) -> None:
         """A trial has ended without an error; its worker is free if it `stays`."""
@@ -272,21 +287,32 @@ class _Asked(_OfCrew, Searcher):
 
 
 class _Heard(_OfCrew, tune.Callback):
-    """What Tune tells of trials."""
+    """What Tune tells of trials, and that its loop goes round."""
+
+    def on_step_begin(self, iteration, trials, **info) -> None:  # noqa: ARG002
+        self._crew.look()
 
     def on_trial_start(self, iteration, trials, trial, **info) -> None:  # noqa: ARG002
         self._crew.begun(trial.trial_id)
 
     def on_trial_result(self, iteration, trials, trial, result, **info) -> None:  # noqa: ARG002
-        # Tune keeps every trial's last result for as long as the sweep runs.
         for event in result.pop("events"):
             self._crew.work.tell(event)
 
     def on_trial_complete(self, iteration, trials, trial, **info) -> None:  # noqa: ARG002
         self._crew.complete(trial.trial_id, stays=not _leaves(trial))
+        _forget(trial)
 
     def on_trial_error(self, iteration, trials, trial, **info) -> None:  # noqa: ARG002
         self._crew.lost(trial.trial_id, *why(trial))
+        _forget(trial)
+
+
+def _forget(trial: TuneTrial) -> None:
+    """What a trial reported, and statistics of it, which Tune keeps for as long as it runs."""
+    trial.run_metadata.last_result = {}
+    trial.run_metadata.metric_analysis = {}
+    trial.run_metadata.metric_n_steps = {}
 
 
 class _Ended(_OfCrew, tune.Stopper):

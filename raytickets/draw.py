@@ -198,9 +198,7 @@ def fine_tune(
     endless = (batch for order in orders for batch in batches.training(recipe.batch_size, order))
     rates = [recipe.learning_rate * cosine(step / steps) for step in range(steps)]
     optimizer = SGD(setting.numerics.place(network), recipe.momentum, recipe.weight_decay)
-    # The trajectory goes on as if nothing had been drawn, by dropout neither.
-    with torch.random.fork_rng([batches.device] if batches.device.type == "cuda" else []):
-        torch.manual_seed(seeded("proof dropout", seed).initial_seed())
-        train(network, optimizer, islice(endless, steps), rates, setting.numerics)
+    torch.manual_seed(seeded("proof dropout", seed).initial_seed())
+    train(network, optimizer, islice(endless, steps), rates, setting.numerics)
     spent = cost.training_macs(macs, steps * recipe.batch_size)
     return accuracy(network, batches, "validation", setting.numerics), spent

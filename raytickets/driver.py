@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 # Under `uv run` Ray would build a new environment for every worker; a sweep's workers are to run
-# in the one that the driver has. In place of Tune's own files, boxes and Ctrl-C handler there are
-# the journal, the observer and KeyboardInterrupt. Ray Train's workers wait at every report for
-# their controller to look at them, which it does every 2 s.
+# in the one that the driver has. In place of Tune's own files, snapshots, boxes and Ctrl-C
+# handler there are the journal, the observer and KeyboardInterrupt. Ray Train's workers wait at
+# every report for their controller to look at them, which it does every 2 s.
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "inf")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
 os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
@@ -78,7 +79,7 @@ def search(
     is kept under another name. `observer` hears every event of `raytickets.journal` once it is on
     disk. Ray is the cluster at `address`, else at RAY_ADDRESS, else this machine. Raises InputError
     on input that cannot be used, before Ray starts where that can be known, Held if another process
-    runs this sweep, and SweepFailed if a stage failed.
+    runs this sweep, and SweepFailed if a stage failed or no machine with room for a trial came.
     """
     with opened(space, name=name, storage=storage, new=new) as plan:
         return run(plan, tracking_uri, observer, address=address)
@@ -125,7 +126,7 @@ def run(
         with _running(cluster, plan.folder, lease, tracking_uri, observer) as (room, told):
             if not compared:  # A comparison retrains each ticket in one process.
                 worker_count(space, room.workers, grows=room.most > room.slots)
-            tell = told if compared or not space.optuna else _with_study(plan, told)
+            tell = told if compared or not space.optuna else _with_study(plan, lease, told)
             if plan.opening not in sweep.events():
                 tell(plan.opening)  # If this fails nothing else is to be the journal's first event.
             try:
@@ -148,10 +149,10 @@ def run(
             tell({"event": "end", "state": "failed" if reason else "done", "reason": reason})
     except SweepFailed as owed:
         if reason:
-            raise SweepFailed(f"a stage failed: {reason}; {owed}") from cause
+            raise SweepFailed(f"{_failure(reason, cause)}; {owed}") from cause
         raise
     if reason:
-        raise SweepFailed(f"a stage failed: {reason}") from cause
+        raise SweepFailed(_failure(reason, cause)) from cause
     return sweep
 
 
@@ -172,7 +173,7 @@ def retrain_ticket(
     """
     path = places.local(path)
     ticket = load_ticket(path, trust_code=True)
-    sweep = Sweep(path.parent.parent)
+    sweep = Sweep(path.parent.parent).fetched()
     space = sweep.space()
     if ticket.id not in {event["ticket"] for event in select(sweep.events(), "ticket")}:
         raise InputError("ticket", str(path), "must be one of the tickets of a sweep")
@@ -201,6 +202,8 @@ def retrain_ticket(
 @contextlib.contextmanager
 def interruptible(line: str) -> Iterator[None]:
     """Ctrl-C and SIGTERM are KeyboardInterrupt, and a second one does nothing.
+
+    But a second SIGTERM may end the process while Ray shuts down, which takes any handler away.
 
     A process that has not ended `LAST_S` later is ended, with exit code 130; with `line` printed if
     it did not come to the end of this.
@@ -232,6 +235,10 @@ def interruptible(line: str) -> Iterator[None]:
         if not interrupted.is_set():
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _failure(reason: str, cause: Exception | None) -> str:
+    return reason if isinstance(cause, NoRoom) else f"a stage failed: {reason}"
 
 
 def _last_line(error: str) -> str:
@@ -325,15 +332,23 @@ def _told(
         raise SweepFailed(owed)
 
 
-def _with_study(plan: Plan, tell: Callable[[Event], None]) -> Callable[[Event], None]:
-    """Uploads the study's file as well, where the sweep is kept at an address."""
-    file = study.file_of(plan.folder, plan.opening)
+def _with_study(plan: Plan, lease: Lease, tell: Callable[[Event], None]) -> Callable[[Event], None]:
+    """Uploads the study's file as well, where the sweep is kept at an address.
+
+    A trial is there before the journal tells of it, and what it came to afterwards.
+    """
+    file = places.fetch_database(study.file_of(plan.folder, plan.opening))
+    there: set[str] = set()
 
     def told(event: Event) -> None:
+        trial = event.get("trajectory")
+        if trial and trial not in there and file.exists():
+            lease.confirm()
+            places.keep_database(file)
+            there.add(trial)
         tell(event)
-        begun_or_ended = event.get("check") == 1 or event["event"] in ("trajectory", "end")
-        if begun_or_ended and file.exists():
-            places.keep(file)
+        if event["event"] in ("trajectory", "end") and file.exists():
+            places.keep_database(file)
 
     return told
 

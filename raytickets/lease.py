@@ -75,7 +75,7 @@ def hold(folder: Path) -> Iterator[Lease]:
 
     It is a lock of the file system on a plain path, so that a killed holder's is free at once. At
     an address it is a file that is replaced if nobody else did, every `RENEW_S`; a killed holder's
-    is free after `LIFE_S`. Raises OSError if the store does not answer.
+    is free after `LIFE_S`, on its own host at once. Raises OSError if the store does not answer.
     """
     if storage.address(folder) != str(folder):
         with _leased(folder / FILE) as lease:
@@ -118,11 +118,14 @@ def _is_at(file: IO[str], path: Path) -> bool:
 
 @contextlib.contextmanager
 def _leased(path: Path) -> Iterator[Lease]:
-    found = storage.read(path)
-    text, version = (found[0].decode(), found[1]) if found else ("", None)
+    there = storage.read(path)
+    text, version = (there[0].decode(), there[1]) if there else ("", None)
     before, name = _parsed(text), path.parent.name
-    if before and time.time() < json.loads(text)["until"] + SKEW_S:
-        raise Held(name, before.holder)
+    if before:
+        found = json.loads(text)
+        lasts = time.time() < found["until"] + SKEW_S
+        if lasts and not _is_gone(before.holder, found.get("process")):
+            raise Held(name, before.holder)
     renewal = _Renewal(path, _next(text), version)
     try:
         renewal.put(LIFE_S)
@@ -142,6 +145,36 @@ def _leased(path: Path) -> Iterator[Lease]:
                 renewal.put(-SKEW_S)
 
 
+def _process(pid: int | str = "self") -> list[str] | None:
+    """The boot, the pid namespace and the start of a process, as pids are used again.
+
+    None where /proc does not tell, or is that of another namespace.
+    """
+    try:
+        if str(Path("/proc/self").readlink()) != str(os.getpid()):
+            return None
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        start = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[19]
+        return [boot, str(Path("/proc/self/ns/pid").readlink()), start.decode()]
+    except OSError:
+        return None
+
+
+def _is_gone(holder: Holder, process: list[str] | None) -> bool:
+    """Whether it is known that this process has ended: only where its pid means the same."""
+    here = _process()
+    if not (process and here) or process[:2] != here[:2] or holder.host != socket.gethostname():
+        return False
+    try:
+        os.kill(holder.pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass  # It is another user's.
+    now = _process(holder.pid)
+    return now is not None and now != process
+
+
 class _Renewal:
     """Keeps a lease at an address alive."""
 
@@ -155,7 +188,7 @@ class _Renewal:
     def put(self, life_s: float) -> None:
         started = time.monotonic()
         # Every content is another one, so that the store can tell a lost answer from a lost race.
-        more = {"until": time.time() + life_s, "nonce": uuid.uuid4().hex}
+        more = {"until": time.time() + life_s, "nonce": uuid.uuid4().hex, "process": _process()}
         content = _text(self.lease, **more).encode()
         self._version = storage.put_if(self._path, content, self._version)
         self._renewed = started

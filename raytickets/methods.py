@@ -253,26 +253,33 @@ def _train(trajectory: Trajectory, network: nn.Module, mask: Tensor, name: str) 
     here, meter = dataclasses.replace(trajectory, setting=setting), setting.meter()
     learner = Learner(network, trajectory.recipe, mask_window(here))
     folder, by = setting.sweep / "checkpoints" / trajectory.id / name, made_by(setting)
-    found, epochs, samples, failure = checkpoint.load(folder), 0.0, 0, ""
+    found, failure = checkpoint.load(folder), ""
     if found and found.state["made_by"] == by:
-        learner.load(found.tensors)
-        epochs, samples = found.state["epochs"], found.state["samples"]
+        learner.load(found)
         meter.go_on(found.state["seconds"], found.state["joules"])
+
+    def save(keep: int = 2) -> None:
+        state = {"made_by": by, "steps": learner.steps}
+        state |= {"seconds": meter.seconds(), "joules": meter.joules()[0]}
+        writer.save(learner.tensors(), state, keep=keep)
+
+    def due() -> None:
+        if writer.due:
+            save()
+
     with checkpoint.Writer(folder, found.number if found else 0) as writer:
-        for check in checks(here, learner, int(epochs)):
-            epochs, samples = check.epoch, check.samples
+        for check in checks(here, learner, due):
             if not check.verdicts:
                 failure = diverged(check)
-            elif epochs.is_integer():
-                state = {"made_by": by, "epochs": epochs, "samples": samples}
-                state |= {"seconds": meter.seconds(), "joules": meter.joules()[0]}
-                writer.save(learner.tensors(), state, keep=1 if check.last else 2)
+            elif check.epoch.is_integer() or writer.due:
+                save(keep=1 if check.last else 2)
+    samples = learner.steps * trajectory.recipe.batch_size
     scores = torch.full(mask.shape, -torch.inf)
     scores[mask] = scorer(network, setting.groups)()
     return _Round(
         groups=setting.groups,
         scores=scores,
-        epochs=epochs,
+        epochs=learner.steps / setting.batches.count(trajectory.recipe.batch_size),
         train_macs=cost.training_macs(setting.dense_macs, samples),
         ledger=_ledger(meter, setting.dense_macs, samples),
         failure=failure,
@@ -325,8 +332,7 @@ def retrain_alone(setting: Setting, path: Path) -> Iterator[list[Event]]:
 
     Yields the event of every epoch, and at last of the retrained ticket, which is then on disk
     under `retrained` in the comparison's folder. The ledger counts the epochs and their look at
-    validation images. There is a checkpoint after every epoch, from which it goes on as
-    `run_trajectory` does.
+    validation images. It makes checkpoints, and goes on from them, as `run_trajectory` does.
     """
     recipe, batches, how = setting.space.retraining, setting.batches, setting.numerics
     ticket, meter = load_ticket(path, trust_code=True), setting.meter()
@@ -345,35 +351,37 @@ def retrain_alone(setting: Setting, path: Path) -> Iterator[list[Event]]:
         yield [{"event": "retry", "run": ticket.id, "attempt": attempt, "reason": reason}]
     if found:
         yield list(told)
-        if told[-1]["event"] == "retrained":
+        if told and told[-1]["event"] == "retrained":
             return
-        learner.load(found.tensors)
+        learner.load(found)
         meter.go_on(found.state["seconds"], found.state["joules"])
-
-    def order(epoch: int) -> torch.Generator:
-        # What a network draws by itself, as dropout does, is a function of the epoch too.
-        torch.manual_seed(seeded("dropout", seed, epoch).initial_seed())
-        return seeded("retrain", seed, epoch)
 
     def state() -> dict[str, Any]:
         return {
             "made_by": by,
             "told": list(told),
             "attempt": attempt,
+            "steps": learner.steps,
             "seconds": meter.seconds(),
             "joules": meter.joules()[0],
         }
 
-    network, first = learner.network, len(told)
-    losses = fit(network, learner.optimizer, batches, recipe, order, how, first=first)
+    network, count = learner.network, batches.count(recipe.batch_size)
+    purpose = ("retrain", seed)
+    parts = fit(network, learner.optimizer, batches, recipe, purpose, how, first=learner.steps)
     with checkpoint.Writer(folder, newest) as writer:
-        for epoch, (_, loss) in enumerate(losses, start=first + 1):
-            if not math.isfinite(loss):
-                raise FloatingPointError(f"the loss was {loss} in epoch {epoch}")
-            told.append(epoch_event(ticket.id, epoch, loss, network, batches, recipe, how))
-            yield told[-1:]
-            writer.save(learner.tensors(), state())
-        samples = recipe.epochs * batches.count(recipe.batch_size) * recipe.batch_size
+        for steps, part in parts:
+            learner.steps, learner.loss = steps, learner.loss + part
+            if steps % count == 0:
+                epoch, loss = steps // count, (learner.loss / count).item()
+                if not math.isfinite(loss):
+                    raise FloatingPointError(f"the loss was {loss} in epoch {epoch}")
+                told.append(epoch_event(ticket.id, epoch, loss, network, batches, recipe, how))
+                yield told[-1:]
+                learner.loss = torch.zeros_like(learner.loss)
+            if steps % count == 0 or writer.due:
+                writer.save(learner.tensors(), state())
+        samples = recipe.epochs * count * recipe.batch_size
         ledger = _ledger(meter, macs, samples)
         event = retrained_event(ticket.id, meter.seconds(), network, macs, batches, recipe, how)
         dense = how.exact.place(_initial(setting, seed))

@@ -6,11 +6,15 @@ import itertools
 import os
 import re
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from pathlib import Path
+from socket import create_connection
 from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit
 
 from raytickets.comparison import source_count
 from raytickets.config import InputError, Range, SearchSpace, changed_fields
@@ -350,3 +354,72 @@ def _check_network(space: SearchSpace, shape: "Shape") -> Event:
         "channels": sum(group.width for group in groups),
         "dense": {"macs": cost.macs(network, example), "params": cost.params(network)},
     }
+
+
+def check_services(address: str | None, tracking_uri: str | None) -> None:
+    """InputError if Ray or MLflow cannot be used, where that shows without importing them."""
+    deadline_s()
+    ray_address(address)
+    check_store(tracking_uri)
+
+
+def deadline_s() -> float:
+    """How long no machine at all may come: from launching one to having installed all on it."""
+    given = os.environ.get("RAYTICKETS_DEADLINE_S", "1800")
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise InputError("RAYTICKETS_DEADLINE_S", given, "must be a number of seconds, at least 0")
+    return seconds
+
+
+def ray_address(given: str | None) -> tuple[str, str]:
+    """The field that says where Ray is, and what it says: auto, local or host:port."""
+    field = "address" if given else "RAY_ADDRESS"
+    address = given or os.environ.get("RAY_ADDRESS") or "local"
+    if address not in ("auto", "local"):
+        if "://" in address or ":" not in address:
+            submit = "from elsewhere: ray job submit (cluster/README.md)"
+            raise InputError(field, address, f"must be auto or host:port; {submit}")
+        try:
+            place = urlsplit(f"//{address}")
+            # Ray itself waits for minutes for a head node that is not there.
+            create_connection((place.hostname, place.port), timeout=3).close()
+        except (OSError, ValueError) as error:
+            raise InputError(field, address, f"no Ray cluster answers ({error})") from error
+    return field, address
+
+
+_STORES = {"sqlite", "postgresql", "mysql", "mssql", "http", "https", "databricks"}
+"""What MLflow has stores for, besides plugins, and folders where MLFLOW_ALLOW_FILE_STORE is set."""
+
+
+def check_store(given: str | None) -> None:
+    """InputError on an MLflow store that cannot be used, where that shows without MLflow."""
+    uri = given or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    try:
+        place = urlsplit(uri)
+        kind = place.scheme.partition("+")[0] or uri
+        folder = place.scheme in ("", "file") and os.environ.get("MLFLOW_ALLOW_FILE_STORE")
+        known = kind in _STORES or folder
+        if not known and not entry_points(group="mlflow.tracking_store", name=kind):
+            raise ValueError("must be a database or a server, as sqlite:///mlflow.db")
+        if kind in ("http", "https") and (not place.hostname or place.port == 0):
+            raise ValueError("no host in this address")
+        if place.scheme == "sqlite":
+            _check_database(uri)
+    except (OSError, ValueError) as error:
+        shown = re.sub(r"//\S*@", "//***@", uri.partition("?")[0])
+        raise InputError("tracking_uri", shown, str(error)) from error
+
+
+def _check_database(uri: str) -> None:
+    path = Path(uri.removeprefix("sqlite:///")).absolute()
+    if not uri.startswith("sqlite:///") or uri == "sqlite:///":
+        raise ValueError("a file is missing: sqlite:///<path>")
+    if path.exists():
+        path.open("r+b").close()
+    # Nothing is left of it, whatever comes of this.
+    tempfile.TemporaryFile(dir=next(above for above in path.parents if above.exists())).close()

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import math
 import threading
 import time
 import traceback
@@ -21,12 +22,15 @@ from ray.exceptions import RayActorError
 from ray.train import (
     ControllerError,
     FailureConfig,
+    Result,
     RunConfig,
     ScalingConfig,
     TrainingFailedError,
     WorkerGroupError,
 )
 from ray.train.torch import TorchTrainer, get_device, prepare_model
+from ray.train.v2._internal.constants import get_env_vars_to_propagate
+from ray.train.v2._internal.execution.controller import TrainController
 from ray.util.queue import Empty, Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor, nn
@@ -37,6 +41,8 @@ from raytickets.config import InputError, SearchSpace
 from raytickets.data import DataSet
 from raytickets.journal import Event
 from raytickets.models import build_network
+from raytickets.plan import deadline_s
+from raytickets.room import LOOK_S, NoRoom, Waiting
 from raytickets.ticket import load_ticket, save_retrained
 from raytickets.train import SGD, epoch_event, fit, numerics, retrained_event, seeded
 
@@ -45,10 +51,6 @@ DENSE = "dense"
 
 RETRIES = 2
 """How often a network's workers are started again without an epoch done in between."""
-
-_STARTS = 30
-"""How often Ray Train waits another minute for machines with room for as many workers as were asked
-for."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,9 @@ def retrain(
     retraining by the same recipe was cut off, and epochs before that are told again; one whose
     retraining had ended is only told again. Where workers are lost, the group is started again: a
     `retry` event says why. Raises what Ray Train raises if that happens `RETRIES` times more
-    without an epoch in between, at once if the input is to blame or the loss is no number, and what
-    `on_event` raises.
+    without an epoch in between, at once if the input is to blame or the loss is no number; NoRoom
+    if for `RAYTICKETS_DEADLINE_S` seconds there was no room for the least number of workers, which
+    is one where the space names none; what `on_event` raises.
     """
     told = _Told(on_event)
     failed = 0
@@ -100,11 +103,11 @@ def retrain(
         before = len(told.epochs)
         ours = space.retraining.num_workers is None and isinstance(num_workers, int)
         try:
-            _run_group(space, left, data, sweep, num_workers, told, use_gpu, 0 if ours else _STARTS)
+            _run_group(space, left, data, sweep, num_workers, told, use_gpu, ours)
             return
         except ControllerError:
             if not ours:
-                raise  # Ray Train's own failure: there was no room for as many minutes.
+                raise
         except TrainingFailedError as error:
             failed = 1 if len(told.epochs) > before else failed + 1
             left = [job for job in left if job.run not in told.ended]
@@ -174,8 +177,14 @@ def _run_group(
     num_workers: int | tuple[int, int],
     told: _Told,
     use_gpu: bool,
-    starts: int,
+    ours: bool,
 ) -> None:
+    if ours:
+        least, starts = 1, 0
+    else:
+        least = num_workers if isinstance(num_workers, int) else num_workers[0]
+        # Ray Train waits for its workers for a minute at a time.
+        starts = math.ceil(deadline_s() / 60) + 1
     with told.listening() as queue:
         trainer = _Trainer(
             _train_worker,
@@ -186,6 +195,7 @@ def _run_group(
                 "sweep": sweep,
                 "queue": queue,
             },
+            least=least,
             scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=use_gpu),
             run_config=RunConfig(
                 name=f"retrain-{jobs[0].run}-{time.time_ns()}",
@@ -201,8 +211,33 @@ def _run_group(
 
 
 class _Trainer(TorchTrainer):
-    def _register_sigint_handler(self, controller: Any) -> None:
-        """Leave Ctrl-C alone: Ray Train's handler outlives the training, and may exit with 0."""
+    def __init__(self, *given: Any, least: int, **options: Any):
+        """`least` is how many workers there must be room for."""
+        super().__init__(*given, **options)
+        self._least = least
+
+    def _initialize_and_run_controller(self, **options: Any) -> Result:
+        """As Ray Train does it, but for two things.
+
+        It raises NoRoom: Ray Train may wait without end for a machine. And it leaves Ctrl-C alone:
+        Ray Train's handler outlives the training, and may exit with 0.
+        """
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        actor: Any = ray.remote(TrainController)  # pyright: ignore[reportArgumentType]
+        environment = {"env_vars": get_env_vars_to_propagate()}
+        actor = actor.options(num_cpus=0, scheduling_strategy=here, runtime_env=environment)
+        controller = actor.remote(**options)
+        worker = {"GPU": 1.0} if self.scaling_config.use_gpu else {"CPU": 1.0}
+        waiting = Waiting(worker, deadline_s(), noticed=True, least=self._least)
+        running = controller.run.remote()
+        try:
+            while not ray.wait([running], timeout=LOOK_S)[0]:
+                waiting.look()
+        except NoRoom:
+            ray.kill(controller)
+            raise
+        ray.get(running)
+        return ray.get(controller.get_result.remote())
 
 
 def _reason(error: TrainingFailedError) -> str:
@@ -250,21 +285,18 @@ def _retrain_one(space: SearchSpace, job: Job, dataset: DataSet, sweep: Path, qu
 
     # Only the first worker reads and writes checkpoints, and only it tells of anything.
     folder = sweep / "checkpoints" / job.run / _identity(space, dataset)
+    batches = Batches(dataset, space.data, device)
+    count = batches.count(recipe.batch_size)
     found = checkpoint.load(folder) if rank == 0 else None
-    events: list[Event] = []
-    if rank == 0:
-        damaged = checkpoint.generations(folder) if found is None else found.damaged
-        if found is not None:
-            events.extend(found.state["events"])
-        for event in events:
-            queue.put(event)
-        if damaged:
-            place = f"goes on from epoch {found.number}" if found else "begins again"
-            reason = f"damaged: {', '.join(damaged)}; {place}"
-            queue.put({"event": "retry", "run": job.run, "reason": reason})
-    number = torch.tensor(found.number if found else 0, device=device)
-    first = int(_from_first_worker(number, world))
-    if first > recipe.epochs:
+    events: list[Event] = list(found.state["events"]) if found else []
+    for event in events:
+        queue.put(event)
+    if rank == 0 and (damaged := found.damaged if found else checkpoint.generations(folder)):
+        place = f"goes on from epoch {found.state['steps'] / count:g}" if found else "begins again"
+        reason = f"damaged: {', '.join(damaged)}; {place}"
+        queue.put({"event": "retry", "run": job.run, "reason": reason})
+    first = torch.tensor(found.state["steps"] if found else 0, device=device)
+    if _from_first_worker(first, world) > recipe.epochs * count:
         return
 
     network = _starting_network(space, job, dataset)
@@ -273,73 +305,80 @@ def _retrain_one(space: SearchSpace, job: Job, dataset: DataSet, sweep: Path, qu
     how.place(network)
     optimizer = SGD(network, recipe.momentum, recipe.weight_decay)
     best: dict[str, Tensor] = {}
+    losses = torch.zeros((), dtype=torch.float64, device=device)
     started = time.monotonic()
     if found is not None:
         network.load_state_dict(_part(found.tensors, "network."))
         optimizer.load(_part(found.tensors, "optimizer."))
         best = _part(found.tensors, "best.")
+        losses.copy_(found.tensors["losses"])
         started -= found.state["seconds"]
     # Without find_unused_parameters DistributedDataParallel puts gradients into other buckets
     # after its first step, and with three workers or more the sums of a group that was started
     # again would differ in the last bit.
     parallel = prepare_model(network, parallel_strategy_kwargs={"find_unused_parameters": True})
-    for tensor in optimizer.velocity:
+    for tensor in (losses, *optimizer.velocity):
         _from_first_worker(tensor, world)
-    batches = Batches(dataset, space.data, device)
     share = len(range(rank, batch, world)) / batch
     if batch % world:
         weigh(parallel, share * world)
 
-    def order(epoch: int) -> torch.Generator:
-        # What the network draws itself, as dropout does, is a function of the epoch too.
-        torch.manual_seed(seeded("network", space.seeds[0], epoch, rank).initial_seed())
-        return seeded("retrain", space.seeds[0], epoch)
+    def state() -> dict[str, Any]:
+        return {"events": list(events), "steps": steps, "seconds": time.monotonic() - started}
 
-    losses = fit(
-        parallel, optimizer, batches, recipe, order, how, first=first, worker=(rank, world)
-    )
-    for epoch, (_, loss) in enumerate(losses, start=first + 1):
-        mean = torch.tensor(loss * share, dtype=torch.float64, device=device)
-        if world > 1:
-            torch.distributed.all_reduce(mean)
-        if not mean.isfinite():
-            raise FloatingPointError(f"{job.run} diverged in epoch {epoch}")
+    def save() -> None:
+        tensors = _prefixed("network.", network.state_dict()) | {"losses": losses}
+        tensors |= _prefixed("optimizer.", optimizer.state())
+        writer.save(_copied(tensors) | _prefixed("best.", best), state())
+
+    purpose, ours = ("retrain", space.seeds[0]), (rank, world)
+    parts = fit(parallel, optimizer, batches, recipe, purpose, how, first=int(first), worker=ours)
+    with checkpoint.Writer(folder, found.number if found else 0) as writer:
+        for steps, part in parts:
+            part *= share
+            if world > 1:
+                torch.distributed.all_reduce(part)
+            losses += part
+            if steps % count:
+                if rank == 0 and writer.due:
+                    save()
+                continue
+            epoch, mean = steps // count, (losses / count).item()
+            if not math.isfinite(mean):
+                raise FloatingPointError(f"{job.run} diverged in epoch {epoch}")
+            losses.zero_()
+            if rank == 0:
+                event = epoch_event(job.run, epoch, mean, network, batches, recipe, how)
+                events.append(event | {"num_workers": world})
+                if _best(events) == events[-1]:
+                    best = _copied(network.state_dict())
+                save()
+                writer.wait()
+                queue.put(events[-1])
         if rank == 0:
-            event = epoch_event(job.run, epoch, mean.item(), network, batches, recipe, how)
-            events.append(event | {"num_workers": world})
-            weights = network.state_dict()
-            if _best(events) == events[-1]:
-                best = {name: tensor.to("cpu", copy=True) for name, tensor in weights.items()}
-            checkpoint.save(
-                folder,
-                epoch,
-                _prefixed("network.", weights)
-                | _prefixed("optimizer.", optimizer.state())
-                | _prefixed("best.", best),
-                {"events": events, "seconds": time.monotonic() - started},
-            )
-            queue.put(events[-1])
-    if rank == 0:
-        took = time.monotonic() - started
-        event = retrained_event(job.run, took, network, macs, batches, recipe, how, world)
-        top = _best(events)
-        event |= {
-            "best_epoch": top["epoch"],
-            "best_validation_accuracy": top["validation_accuracy"],
-            "recipe": space.as_dict()["retraining"],
-        }
-        if job.path is not None:
-            ticket = save_retrained(sweep / "retrained", job.path, network, event)
-            event["path"] = str(ticket.path.relative_to(sweep))
-        # The last weights are the ticket's now; the best ones stay here if they are others.
-        kept = best if top["epoch"] < recipe.epochs else {}
-        checkpoint.save(folder, recipe.epochs + 1, kept, {"events": [*events, event]}, keep=1)
-        queue.put(event)
+            took = time.monotonic() - started
+            event = retrained_event(job.run, took, network, macs, batches, recipe, how, world)
+            top = _best(events)
+            event |= {
+                "best_epoch": top["epoch"],
+                "best_validation_accuracy": top["validation_accuracy"],
+                "recipe": space.as_dict()["retraining"],
+            }
+            if job.path is not None:
+                ticket = save_retrained(sweep / "retrained", job.path, network, event)
+                event["path"] = str(ticket.path.relative_to(sweep))
+            events.append(event)
+            # The last weights are the ticket's now; the best ones stay here if they are others.
+            kept = best if top["epoch"] < recipe.epochs else {}
+            steps = recipe.epochs * count + 1  # One more than there are: it has ended.
+            writer.save(_prefixed("best.", kept), state(), keep=1)
+            writer.wait()
+            queue.put(event)
 
 
 def _identity(space: SearchSpace, dataset: DataSet) -> str:
     """What a checkpoint must have been made by: the recipe and every other field, and the data."""
-    fields = json.dumps([space.fingerprint, dataset.fingerprint])
+    fields = json.dumps([checkpoint.FORMAT, space.fingerprint, dataset.fingerprint])
     return hashlib.sha256(fields.encode()).hexdigest()[:16]
 
 
@@ -366,6 +405,10 @@ def weigh(parallel: nn.Module, weight: float) -> None:
 def _best(events: Sequence[Event]) -> Event:
     """The first epoch of the highest validation accuracy."""
     return max(events, key=lambda event: event["validation_accuracy"])
+
+
+def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
 def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

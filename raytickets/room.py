@@ -3,17 +3,19 @@
 import contextlib
 import logging
 import os
+import subprocess
 import time
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from ipaddress import ip_address
-from socket import create_connection
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import ray
 from ray._private import ray_constants
 from ray._private import state as ray_state
+from ray._private import worker as ray_worker
 from ray._private.authentication.authentication_utils import is_token_auth_enabled
 from ray.autoscaler.sdk import request_resources
 from ray.autoscaler.v2.utils import is_autoscaler_v2
@@ -22,11 +24,10 @@ from ray.exceptions import RayError
 from ray.experimental.internal_kv import internal_kv_get_gcs_client
 
 from raytickets.config import InputError, SearchSpace
+from raytickets.plan import deadline_s, ray_address
 
-DEADLINE_S = 1800.0
-"""How long no machine at all may come, unless RAYTICKETS_DEADLINE_S says: from launching one to
-having installed everything on it."""
-_LOOK_S = 1.0
+LOOK_S = 1.0
+"""How long not to look for machines again."""
 _ANSWER_S = 30.0
 
 log = logging.getLogger("raytickets")
@@ -49,6 +50,11 @@ class Room:
     workers: int
     """`workers_now` when the sweep starts; there may be others when retraining begins."""
 
+    @property
+    def needed(self) -> dict[str, float]:
+        """What one trial takes, as Ray calls it."""
+        return _needed(self.cpus, self.gpus)
+
 
 @contextlib.contextmanager
 def connected(
@@ -63,17 +69,17 @@ def connected(
     without a token, and if no machine that it has or can get has what one trial takes; NoRoom if
     none came by the deadline.
     """
-    deadline = _deadline()
+    deadline = deadline_s()
     started = not ray.is_initialized()
-    if started:
-        address = _connect(address)
-    try:
+    with contextlib.ExitStack() as stack:
+        if started:
+            address = _connect(address)
+            if address == "local":
+                stack.enter_context(_agents_end_with_us())
+            stack.callback(ray.shutdown)
         autoscaler = _Autoscaler(expected=started and address != "local")
         wanted = trajectory_count(space) if wanted is None else wanted
         yield _room(space, wanted, deadline, autoscaler)
-    finally:
-        if started:
-            ray.shutdown()
 
 
 def trajectory_count(space: SearchSpace) -> int:
@@ -82,37 +88,19 @@ def trajectory_count(space: SearchSpace) -> int:
     return len(space.penalties) * len(space.seeds)
 
 
-def _deadline() -> float:
-    given = os.environ.get("RAYTICKETS_DEADLINE_S")
-    try:
-        seconds = DEADLINE_S if given is None else float(given)
-    except ValueError:
-        seconds = -1.0
-    if not 0 <= seconds < float("inf"):
-        raise InputError("RAYTICKETS_DEADLINE_S", given, "must be a number of seconds, at least 0")
-    return seconds
-
-
 # Connecting
 
 
 def _connect(address: str | None) -> str:
     """The address, once connected to Ray there; `local` if it was started here."""
-    field = "address" if address else "RAY_ADDRESS"
-    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    field, address = ray_address(address)
     if address == "local":
         with _loopback():
             _init(address, include_dashboard=False)
         return address
-    if "://" in address:
-        allowed = "must be auto or host:port; from elsewhere: ray job submit (cluster/README.md)"
-        raise InputError(field, address, allowed)
+    host = urlsplit(f"//{address}").hostname or ""
     try:
-        place = urlsplit(f"//{address}")
-        if place.port:
-            # Ray itself waits for minutes for a head node that is not there.
-            create_connection((place.hostname, place.port), timeout=5).close()
-        with _loopback() if _is_loopback(place.hostname or "") else contextlib.nullcontext():
+        with _loopback() if _is_loopback(host) else contextlib.nullcontext():
             _init(address)
     except (OSError, ValueError, RuntimeError, RayError) as error:
         first = (str(error).strip() or repr(error)).splitlines()[0]
@@ -147,6 +135,26 @@ def _loopback() -> Iterator[None]:
         ray_constants.ENABLE_RAY_CLUSTER = kept
 
 
+@contextlib.contextmanager
+def _agents_end_with_us() -> Iterator[None]:
+    """However this process ends: if it is killed, Ray's agents would take another minute."""
+    node = ray_worker._global_node
+    assert node is not None
+    raylet = node.all_processes[ray_constants.PROCESS_TYPE_RAYLET][0].process
+    children: list[str] = []
+    for thread in Path(f"/proc/{raylet.pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # It may have ended.
+            children += thread.read_text().split()
+    script = ["sh", "-c", 'read _; kill -KILL "$@"', "sh", *children]
+    # Its input ends when this process does.
+    watch = subprocess.Popen(script, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    try:
+        yield
+    finally:
+        watch.kill()
+        watch.wait()
+
+
 def _is_loopback(host: str) -> bool:
     try:
         return ip_address(host).is_loopback
@@ -163,7 +171,7 @@ def _room(space: SearchSpace, wanted: int, deadline: float, autoscaler: "_Autosc
         if gpus is None:
             one = {"CPU": cpus, "GPU": 1.0}
             gpus = 1.0 if _slots(one) or autoscaler.can_bring(one, 1) else 0.0
-        needed = {"CPU": float(cpus)} | ({"GPU": gpus} if gpus else {})
+        needed = _needed(cpus, gpus)
         slots = _slots(needed)
         if not slots and autoscaler.can_bring(needed, 1) is False:
             _refuse(needed)
@@ -174,6 +182,10 @@ def _room(space: SearchSpace, wanted: int, deadline: float, autoscaler: "_Autosc
     finally:
         autoscaler.withdraw()
     return Room(cpus, gpus, slots, max(slots, most), workers_now(gpus))
+
+
+def _needed(cpus: int, gpus: float) -> dict[str, float]:
+    return {"CPU": float(cpus)} | ({"GPU": gpus} if gpus else {})
 
 
 def workers_now(gpus: float) -> int:
@@ -187,17 +199,18 @@ def leaving() -> Collection[str]:
     return ray_state.state.get_draining_nodes()
 
 
-def _machines() -> list[dict[str, float]]:
-    noticed = leaving()
-    nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in noticed]
+def _machines(noticed: bool = False) -> list[dict[str, float]]:
+    """What those alive have, with or without those that were given notice."""
+    left_out = () if noticed else leaving()
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in left_out]
     return [node["Resources"] for node in nodes]
 
 
-def _slots(needed: Mapping[str, float]) -> int:
+def _slots(needed: Mapping[str, float], noticed: bool = False) -> int:
     """How many trials that need this fit on the machines there are."""
     return sum(
         min(int(machine.get(kind, 0) / amount) for kind, amount in needed.items())
-        for machine in _machines()
+        for machine in _machines(noticed)
     )
 
 
@@ -216,19 +229,48 @@ def _refuse(needed: Mapping[str, float]) -> None:
 
 def _wait(needed: Mapping[str, float], deadline: float) -> int:
     """The number of trials that fit once a machine has room."""
-    what = ", ".join(f"{amount:g} {kind}" for kind, amount in needed.items())
-    begun, told = time.monotonic(), float("-inf")
-    while not (slots := _slots(needed)):
-        waited = time.monotonic() - begun
-        if waited >= deadline:
-            raise NoRoom(
-                f"no machine with {what} came within {deadline:g} s (RAYTICKETS_DEADLINE_S)"
-            )
-        if waited - told >= 60:
-            log.warning(f"waiting for a machine with {what}: {waited:.0f} of {deadline:g} s")
-            told = waited
-        time.sleep(_LOOK_S)
+    waiting = Waiting(needed, deadline)
+    while not (slots := waiting.look()):
+        time.sleep(LOOK_S)
     return slots
+
+
+class Waiting:
+    """For machines with room for at least so many times what is needed, with a line a minute.
+
+    One that was given notice has none, unless `noticed` says that what runs there goes on.
+    """
+
+    def __init__(
+        self, needed: Mapping[str, float], deadline: float, noticed: bool = False, least: int = 1
+    ):
+        self._needed, self._deadline, self._noticed = needed, deadline, noticed
+        self._least = least
+        one = ", ".join(f"{amount:g} {kind}" for kind, amount in needed.items())
+        self._what = f"machine with {one}" if least == 1 else f"room for {least} workers of {one}"
+        self.end()
+
+    def end(self) -> None:
+        """There is room, or none is waited for any more."""
+        self._since: float | None = None
+        self._told = float("-inf")
+
+    def look(self) -> int:
+        """How many times it fits now, 0 for too few; NoRoom if so up to the deadline."""
+        if (slots := _slots(self._needed, self._noticed)) >= self._least:
+            self.end()
+            return slots
+        now = time.monotonic()
+        if self._since is None:
+            self._since = now
+        waited = now - self._since
+        if waited >= self._deadline:
+            allowed = f"{self._deadline:g} s (RAYTICKETS_DEADLINE_S)"
+            raise NoRoom(f"no {self._what} came within {allowed}")
+        if waited - self._told >= 60:
+            log.warning(f"no {self._what} yet: waited {waited:.0f} of {self._deadline:g} s")
+            self._told = waited
+        return 0
 
 
 class _Autoscaler:
@@ -259,7 +301,7 @@ class _Autoscaler:
                 told = _status().autoscaling_state
                 if told.last_seen_cluster_resource_state_version >= asked:
                     return not told.infeasible_cluster_resource_constraints
-                time.sleep(_LOOK_S)
+                time.sleep(LOOK_S)
             self._answers = False
         return None if self._expected else False
 

@@ -8,6 +8,7 @@ is an OSError of one line, after the retries of a minute.
 
 import contextlib
 import functools
+import hashlib
 import json
 import os
 import re
@@ -112,6 +113,45 @@ def fetch_journal(path: Path) -> Path:
         if not here.startswith(found[0]):
             _write(path, [found[0]])
     return path
+
+
+def keep_database(path: Path) -> None:
+    """Upload a file that is changed in place, so that `fetch_database` knows it; nothing for a
+    plain path.
+    """
+    if _place(path) is not None:
+        content = path.read_bytes()
+        digest = hashlib.sha256(content).hexdigest()
+        # Nobody knows whether an upload that is cut off has arrived.
+        _write(_known(path), [f"{name}\n".encode() for name in (*_digests(path), digest)])
+        _ask(path, lambda obstore, store, key: obstore.put(store, key, content))
+        _write(_known(path), [f"{digest}\n".encode()])
+
+
+def fetch_database(path: Path) -> Path:
+    """Make the local copy of a file that is changed in place the newest; for its only writer.
+
+    While the store has what was last uploaded or fetched here, by its SHA-256, nobody else has gone
+    on with it, and the copy stays with all that was not uploaded. Else the store's replaces it.
+    """
+    found = None if _place(path) is None else read(path)
+    if found is not None:
+        digest = hashlib.sha256(found[0]).hexdigest()
+        if not path.exists() or digest not in _digests(path):
+            # SQLite would undo in the new file what a writer that was killed did to the old one.
+            path.with_name(f"{path.name}-journal").unlink(missing_ok=True)
+            _write(path, [found[0]])
+            _write(_known(path), [f"{digest}\n".encode()])
+    return path
+
+
+def _known(path: Path) -> Path:
+    return path.with_name(f".{path.name}.known")
+
+
+def _digests(path: Path) -> list[str]:
+    known = _known(path)
+    return known.read_text().split() if known.exists() else []
 
 
 def remove(path: Path) -> None:

@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 # By default MLflow retries a dead server for minutes, prints a line for every run, and reports to
 # its makers that it was used.
@@ -40,6 +39,7 @@ from mlflow.utils.rest_utils import http_request
 from raytickets import storage
 from raytickets.config import InputError
 from raytickets.journal import Event
+from raytickets.plan import check_store
 from raytickets.runs import Run, Runs, masked
 
 TOKEN, RECORDED = "mlflow_id", "mlflow_uri"
@@ -72,6 +72,7 @@ def prepare_store(uri: str) -> str | None:
     None if all is well. Raises InputError on a store that cannot be used: no such scheme, a file
     that cannot be written, credentials that are refused, or what is no MLflow.
     """
+    check_store(uri)
     try:
         if is_server(uri):
             return _ask(uri)
@@ -85,7 +86,7 @@ def prepare_store(uri: str) -> str | None:
 
 def recorded_uri(folder: Path) -> str | None:
     """The store that a sweep is in, with the environment's credentials if they are for it."""
-    path = storage.fetch(folder / RECORDED)
+    path = storage.fetch(folder / RECORDED, again=True)
     uri = path.read_text(encoding="utf-8") if path.exists() else None
     given = os.environ.get("MLFLOW_TRACKING_URI")
     return given if given and without_user(given) == uri else uri
@@ -100,10 +101,9 @@ class Store:
 
     def __init__(self, uri: str, folder: Path):
         self._uri, self._folder = uri, folder
-        token = storage.fetch(folder / TOKEN)
-        if not token.exists():
-            _write(token, uuid.uuid4().hex)
-        self._token = token.read_text(encoding="utf-8")
+        token = storage.fetch(folder / TOKEN, again=True)
+        self._token = token.read_text(encoding="utf-8") if token.exists() else uuid.uuid4().hex
+        _write(token, self._token)  # Also what was there: its upload may have been cut off.
         _write(folder / RECORDED, without_user(uri))
         self.stopped = threading.Event()
         self.calls = 0
@@ -317,9 +317,6 @@ def _dominates(one: tuple[float, int], other: tuple[float, int]) -> bool:
 
 def _ask(uri: str) -> str | None:
     """One line if a server does not answer; raises what tells that it never will as it should."""
-    address = urlsplit(uri)
-    if not address.hostname or address.port == 0:  # Reading the port raises ValueError.
-        raise ValueError("no host in this address")
     asked, credentials = "/api/2.0/mlflow/experiments/search", get_default_host_creds(uri)
     options: dict[str, Any] = {"timeout": 5, "max_retries": 0, "raise_on_status": False}
     try:
@@ -343,8 +340,6 @@ def _ask(uri: str) -> str | None:
 def _locked(database: Path) -> Iterator[None]:
     """An SQLite file to oneself: of several that create its tables at once all but one fail."""
     database.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(database if database.exists() else database.parent, os.W_OK):
-        raise PermissionError(f"no permission to write {database}")
     with database.with_name(f"{database.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
@@ -376,8 +371,6 @@ def _database(uri: str) -> Path | None:
     """The file of an SQLite store, None for any other store."""
     if not uri.startswith("sqlite:"):
         return None
-    if not uri.startswith(SQLITE) or uri == SQLITE:
-        raise ValueError(f"a file is missing: {SQLITE}<path>")
     return Path(uri.removeprefix(SQLITE))
 
 

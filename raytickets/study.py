@@ -45,6 +45,8 @@ def check_study(space: SearchSpace, sweep: Path, data: str, events: list[Event])
     numbers = {_number(event) for event in events} - {None}
     if settings(space).storage is None and not numbers:
         return
+    if settings(space).storage is None:
+        storage.fetch_database(_file(sweep))
     study = open_study(space, open_storage(space, sweep), study_name(space, data))
     if numbers - {trial.number for trial in study.get_trials(deepcopy=False)}:
         allowed = f"no longer holds the study that sweep {sweep.name} began; choose a new name"
@@ -176,28 +178,44 @@ def settle(
         if numbers is None or trial.number in numbers:
             mine = [event for event in events if _number(event) == trial.number]
             ended = any(event["event"] == "trajectory" for event in mine)
-            if ended or not any(name.startswith(f"trial{trial.number}-") for name in kept):
+            if ended or not _is_kept(trial.number, kept):
                 values = outcome(space, dense_macs, mine) if ended else None
                 state = TrialState.FAIL if values is None else TrialState.COMPLETE
                 study.tell(trial.number, values, state)
 
 
-def running(study: optuna.Study, space: SearchSpace) -> list[Point]:
-    """Points of the trials that the study takes for running."""
-    trials = study.get_trials(deepcopy=False, states=[TrialState.RUNNING])
-    return [propose(space, trial) for trial in trials]
+def going_on(
+    study: optuna.Study, space: SearchSpace, events: list[Event], checkpoints: Path
+) -> list[Point]:
+    """Points of the trials that have a folder in `checkpoints` and no end in the journal.
 
-
-def cut_off(study: optuna.Study, space: SearchSpace, events: list[Event]) -> list[Point]:
-    """Points of the journal's trajectories that have begun, not ended and are no longer running."""
-    begun = {_number(event) for event in events if event["event"] == "check"}
-    ended = {_number(event) for event in events if event["event"] == "trajectory"}
+    The study may have the end of one: of a lost driver's journal the last seconds are missing.
+    """
+    ended, kept = _numbers(events, "trajectory"), storage.names(checkpoints)
     trials = study.get_trials(deepcopy=False)
     return [
         propose(space, trial)
         for trial in trials
-        if trial.number in begun - ended and trial.state != TrialState.RUNNING
+        if trial.number not in ended and _is_kept(trial.number, kept)
     ]
+
+
+def cut_off(
+    study: optuna.Study, space: SearchSpace, events: list[Event], going_on: list[Point]
+) -> list[Point]:
+    """Points of the journal's trajectories that have begun, not ended and are not gone on with."""
+    ended = _numbers(events, "trajectory") | {point.number for point in going_on}
+    lost = _numbers(events, "check") - ended
+    trials = study.get_trials(deepcopy=False)
+    return [propose(space, trial) for trial in trials if trial.number in lost]
+
+
+def _numbers(events: list[Event], kind: str) -> set[int | None]:
+    return {_number(event) for event in events if event["event"] == kind}
+
+
+def _is_kept(number: int, kept: list[str]) -> bool:
+    return any(name.startswith(f"trial{number}-") for name in kept)
 
 
 def point(event: Event) -> Point:
@@ -213,7 +231,7 @@ def _number(event: Event) -> int | None:
 
 def figures(space: SearchSpace, sweep: Path) -> dict[str, "Figure"]:
     """Optuna's own figures of the sweep's study by name; none before two trials are complete."""
-    if space.optuna is None or not (space.optuna.storage or _file(sweep).exists()):
+    if space.optuna is None or not (space.optuna.storage or storage.fetch(_file(sweep)).exists()):
         return {}
     name = study_name(space, read_journal(sweep)[0]["data"]["fingerprint"])
     study = open_study(space, open_storage(space, sweep), name)

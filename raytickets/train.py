@@ -3,9 +3,9 @@
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,9 @@ from raytickets import cost
 from raytickets.batches import Batches
 from raytickets.config import Precision, Training
 from raytickets.journal import Event
+
+PART = 25
+"""Steps of training between two looks at whether a checkpoint is due."""
 
 
 def seeded(*purpose: object) -> torch.Generator:
@@ -182,8 +185,11 @@ def train(
     rates: Sequence[float],
     numerics: Numerics,
     penalty: float = 0.0,
-) -> float:
-    """Train one step on each batch, at the learning rate of its place; the mean loss."""
+) -> Tensor:
+    """Train one step on each batch, at the learning rate of its place.
+
+    Returns the sum of the losses, a float64 scalar on the device.
+    """
     network.train()
     scales = scale_parameters(network)
     losses = []
@@ -194,7 +200,7 @@ def train(
             add_penalty(scales, penalty)
         optimizer.step(rate)
         losses.append(loss.detach())
-    return torch.stack(losses).double().mean().item()
+    return torch.stack(losses).double().sum()
 
 
 def fit(
@@ -202,31 +208,57 @@ def fit(
     optimizer: SGD,
     batches: Batches,
     recipe: Training,
-    order: Callable[[int], torch.Generator],
+    purpose: tuple[object, ...],
     numerics: Numerics,
     *,
     penalty: float = 0.0,
     checks_per_epoch: int = 1,
     first: int = 0,
     worker: tuple[int, int] = (0, 1),
-) -> Iterator[tuple[int, float]]:
-    """Train a recipe from epoch `first` on.
+) -> Iterator[tuple[int, Tensor]]:
+    """Train a recipe, from where `first` steps were done.
 
-    Yields at every check, the last of which is at an epoch's end, the steps done since epoch 0 and
-    the mean loss since the last check. `order` gives the generator that shuffles an epoch, and
-    `worker` which of how many workers this one is.
+    Yields the steps done since epoch 0 and the sum of the losses since it yielded last: at every
+    check, the last of which is at an epoch's end, and every `PART` steps in between. To go on from
+    there takes no more than the network, the optimizer and the number of steps: `purpose` names the
+    random streams, `seeded(*purpose, epoch)` that of an epoch's batches, and what a network draws
+    by itself, as dropout does, is a function of the step too. `worker` is which of how many workers
+    this one is.
     """
     count = batches.count(recipe.batch_size)
-    bounds = [count * check // checks_per_epoch for check in range(checks_per_epoch + 1)]
-    for epoch in range(first, recipe.epochs):
-        shuffled = batches.training(recipe.batch_size, order(epoch), *worker)
-        rates = [learning_rate(recipe, epoch + step / count) for step in range(count)]
-        for start, end in pairwise(bounds):
-            some = islice(shuffled, end - start)
-            loss = train(network, optimizer, some, rates[start:end], numerics, penalty)
+    bounds = sorted({*range(0, count, PART), *check_steps(count, checks_per_epoch)})
+    for epoch in range(first // count, recipe.epochs):
+        done = max(first - epoch * count, 0)
+        generator = seeded(*purpose, epoch)
+        shuffled = batches.training(recipe.batch_size, generator, *worker, first=done)
+        for start, end in pairwise(bounds[bounds.index(done) :]):
+            steps = range(epoch * count + start, epoch * count + end)
+            seeds = (seeded("dropout", *purpose, *worker, step).initial_seed() for step in steps)
+            some = _reseeded(shuffled, seeds, numerics.device)
+            rates = [learning_rate(recipe, step / count) for step in steps]
+            loss = train(network, optimizer, some, rates, numerics, penalty)
             if end == count:
                 next(shuffled, None)  # Processes that decode are only kept after an epoch's end.
             yield epoch * count + end, loss
+
+
+def check_steps(count: int, checks_per_epoch: int) -> list[int]:
+    """The steps of an epoch of `count` after which there is a check."""
+    return [count * check // checks_per_epoch for check in range(1, checks_per_epoch + 1)]
+
+
+def _reseeded(
+    batches: Iterator[tuple[Tensor, Tensor]], seeds: Iterable[int], device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """A batch for each seed, which the generators that networks draw from begin with."""
+    generators = [torch.default_generator]
+    if device.type == "cuda":
+        generators.append(torch.cuda.default_generators[torch.cuda.current_device()])
+    for seed in seeds:
+        # torch.manual_seed keeps a stack trace of every call for GPUs that may yet be used.
+        for generator in generators:
+            generator.manual_seed(seed)
+        yield next(batches)
 
 
 @torch.no_grad()

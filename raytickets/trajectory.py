@@ -22,7 +22,7 @@ from raytickets.journal import Event
 from raytickets.models import build_network
 from raytickets.shrink import channel_groups, gammas, scorer, shrink
 from raytickets.ticket import DamagedTicket, load_ticket, package_versions
-from raytickets.train import SGD, accuracy, fit, numerics, seeded
+from raytickets.train import SGD, accuracy, check_steps, fit, numerics
 
 
 @dataclass(frozen=True)
@@ -91,11 +91,11 @@ def run_trajectory(setting: Setting, point: Point) -> Iterator[list[Event]]:
     the tickets drawn at it, which are then on disk under `tickets` in the sweep's folder, and in
     the last list how the trajectory ended.
 
-    There is a checkpoint after every epoch under `checkpoints` in the sweep's folder. Started
-    again, it yields what it has yielded before, and goes on from the newest whole one that was made
-    by the same space, data, versions, threads and numerics; on a CPU it is then as if it had never
-    stopped, but for what a network keeps outside of parameters and buffers. If newer ones were
-    damaged it tells so first. Raises OSError if a checkpoint cannot be written.
+    There is a checkpoint after every epoch, and within one every minute, under `checkpoints` in the
+    sweep's folder. Started again, it yields what it has yielded before, and goes on from the newest
+    whole one that was made by the same space, data, versions, threads and numerics; on a CPU it is
+    then as if it had never stopped, but for what a network keeps outside of parameters and buffers.
+    If newer ones were damaged it tells so first. Raises OSError if a checkpoint cannot be written.
     """
     setting = at_point(setting, point)
     space = setting.space
@@ -144,40 +144,45 @@ def until_drawn(
     assert trajectory.recipe is not None
     window = mask_window(trajectory)
     learner = Learner(network, trajectory.recipe, window, also)
-    told, first, attempt = [], 0, 0
+    told, steps, attempt = [], 0, 0
     states = dict.fromkeys(trajectory.prune_ratios, "not converged")
     by = _made_by(trajectory, network)
     found = checkpoint.load(folder)
     damaged = found.damaged if found else checkpoint.generations(folder)
     if found and _usable(found, by, trajectory.setting.sweep):
-        told, first, attempt = (found.state[name] for name in ("told", "epoch", "attempt"))
+        told, steps, attempt = (found.state[name] for name in ("told", "steps", "attempt"))
         states = dict(zip(states, found.state["states"], strict=True))
         trajectory.meter.go_on(found.state["seconds"], found.state["joules"])
     if damaged:
         attempt += 1
-        reason = f"its newest checkpoint was damaged; it went on from epoch {first}"
+        epoch = steps / trajectory.setting.batches.count(trajectory.recipe.batch_size)
+        reason = f"its newest checkpoint was damaged; it went on from epoch {epoch:g}"
         names = {"trajectory": trajectory.id, "attempt": attempt, "reason": reason}
         yield [{"event": "retry", **names}]
     yield from told
     if told and told[-1][-1]["event"] == "trajectory":
         return
-    if first and found:
-        learner.load(found.tensors)
+    if steps and found:
+        learner.load(found)
 
     def state() -> dict[str, Any]:
         return {
             "made_by": by,
             "told": list(told),
             "states": list(states.values()),
-            "epoch": math.floor(check.epoch),
+            "steps": learner.steps,
             "attempt": attempt,
             "seconds": trajectory.meter.seconds(),
             "joules": trajectory.meter.joules()[0],
         }
 
+    def keep() -> None:
+        if writer.due:
+            writer.save(learner.tensors(), state())
+
     newest = found.number if found else 0
     with checkpoint.Writer(folder, newest) as writer:
-        for check in checks(trajectory, learner, first):
+        for check in checks(trajectory, learner, keep):
             outcome, reason, events = "not converged", "", []
             if check.verdicts:
                 events.append(_check_event(trajectory, check, states))
@@ -201,7 +206,7 @@ def until_drawn(
                 yield events
                 return
             yield events
-            if check.epoch.is_integer():
+            if check.epoch.is_integer() or writer.due:
                 writer.save(learner.tensors(), state())
 
 
@@ -230,6 +235,7 @@ def made_by(setting: Setting) -> dict[str, Any]:
     """What all checkpoints of a setting have in common."""
     how = setting.numerics
     return {
+        "format": checkpoint.FORMAT,
         "space": setting.space.fingerprint,
         "data": setting.dataset.fingerprint,
         "versions": package_versions(),
@@ -253,7 +259,10 @@ def _usable(found: Checkpoint, by: Mapping[str, Any], sweep: Path) -> bool:
 
 
 class Learner:
-    """What changes in training: a network and its optimizer, and what goes along with them."""
+    """What changes in training: a network and its optimizer, and what goes along with them.
+
+    `steps` are those done, and `loss` is the sum of the losses since the last check, float64.
+    """
 
     def __init__(
         self,
@@ -264,6 +273,7 @@ class Learner:
     ):
         self.network, self.window, self._also = network, window, also
         self.optimizer = SGD(network, recipe.momentum, recipe.weight_decay)
+        self.steps, self.loss = 0, torch.zeros((), dtype=torch.float64)
 
     def tensors(self) -> dict[str, Tensor]:
         """All of it, copied to the CPU."""
@@ -272,6 +282,7 @@ class Learner:
             "optimizer": self.optimizer.state(),
             "window": self.window.state() if self.window else {},
             "also": _tensors(self._also) if self._also else {},
+            "losses": {"sum": self.loss},
         }
         return {
             f"{part}.{name}": tensor.detach().to("cpu", copy=True)
@@ -280,16 +291,18 @@ class Learner:
         }
 
     @torch.no_grad()
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on from the `tensors` of a learner of the same things."""
+    def load(self, found: Checkpoint) -> None:
+        """Go on from a checkpoint whose state has the `steps` of a learner of the same things."""
+        self.steps = found.state["steps"]
         parts: dict[str, dict[str, Tensor]] = {"optimizer": {}, "window": {}}
-        for name, tensor in tensors.items():
+        for name, tensor in found.tensors.items():
             part, _, rest = name.partition(".")
             parts.setdefault(part, {})[rest] = tensor
         for part, network in (("network", self.network), ("also", self._also)):
             for name, tensor in _tensors(network).items() if network else ():
                 tensor.copy_(parts[part][name])
         self.optimizer.load(parts["optimizer"])
+        self.loss = parts["losses"]["sum"]
         if self.window:
             self.window.load(parts["window"])
 
@@ -303,33 +316,38 @@ def mask_window(trajectory: Trajectory) -> MaskWindow:
     return MaskWindow(trajectory.setting.space.stop_rule, trajectory.prune_ratios, widths)
 
 
-def checks(trajectory: Trajectory, learner: Learner, first: int = 0) -> Iterator[Check]:
-    """Train by the trajectory's recipe from epoch `first` on, to the end or until it diverges."""
+def checks(trajectory: Trajectory, learner: Learner, keep: Callable[[], None]) -> Iterator[Check]:
+    """Train by the trajectory's recipe, from the learner's steps on, until it ends or diverges.
+
+    `keep` is called every few steps between checks, where there may be a checkpoint.
+    """
     setting, recipe, network = trajectory.setting, trajectory.recipe, learner.network
     window = learner.window
     assert recipe is not None
     assert window is not None
     rule, batches, how = setting.space.stop_rule, setting.batches, setting.numerics
-    score = scorer(network, setting.groups)
-
-    def order(epoch: int) -> torch.Generator:
-        # What a network draws by itself, as dropout does, is a function of the epoch too.
-        torch.manual_seed(seeded("dropout", trajectory.seed, epoch).initial_seed())
-        return seeded("trajectory", trajectory.seed, epoch)
-
-    losses = fit(
+    often, count = rule.checks_per_epoch, batches.count(recipe.batch_size)
+    score, ends = scorer(network, setting.groups), [0, *check_steps(count, often)]
+    parts = fit(
         network,
         learner.optimizer,
         batches,
         recipe,
-        order,
+        ("trajectory", trajectory.seed),
         how,
         penalty=trajectory.penalty,
-        checks_per_epoch=rule.checks_per_epoch,
-        first=first,
+        checks_per_epoch=often,
+        first=learner.steps,
     )
-    for number, (steps, loss) in enumerate(losses, start=first * rule.checks_per_epoch + 1):
-        epoch = steps / batches.count(recipe.batch_size)
+    for steps, part in parts:
+        learner.steps, learner.loss = steps, learner.loss + part
+        place = (steps - 1) % count + 1
+        if place not in ends:
+            keep()
+            continue
+        within, epoch = ends.index(place), steps / count
+        loss = (learner.loss / (place - ends[within - 1])).item()
+        learner.loss = torch.zeros_like(learner.loss)
         scores, verdicts, validation = score(), {}, None
         finite = math.isfinite(loss) and bool(scores.isfinite().all())
         if finite:
@@ -339,7 +357,7 @@ def checks(trajectory: Trajectory, learner: Learner, first: int = 0) -> Iterator
             if epoch.is_integer():
                 validation = accuracy(network, batches, "validation", how)
         yield Check(
-            number=number,
+            number=(steps - 1) // count * often + within,
             epoch=epoch,
             loss=loss,
             samples=steps * recipe.batch_size,

@@ -218,8 +218,8 @@ class _Proposed(_Search):
         self._checkpoints = sweep.path / "checkpoints"
         self._tickets: dict[str, list[Event]] = {}
         study.settle(self._study, space, events, self._checkpoints)
-        going_on = study.running(self._study, space)
-        for point in study.cut_off(self._study, space, events):
+        going_on = study.going_on(self._study, space, events, self._checkpoints)
+        for point in study.cut_off(self._study, space, events, going_on):
             self._end(point, "failed", "it was cut off")
         ends = {e["trajectory"]: e for e in select(sweep.events(), "trajectory")}
         damaged = _damaged(sweep, events)

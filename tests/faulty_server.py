@@ -62,14 +62,16 @@ class Server:
 class Proxy:
     """Passes requests on to a server, each after `delay` seconds, and counts them by path.
 
+    While it is `dead` it answers nothing and counts them as `refused`.
+
     A share of them, chosen with a seed, is answered 500: every other one before it was passed on,
     the others after, so that the answer alone is lost.
     """
 
     def __init__(self, target: str, delay: float = 0.0, failing: float = 0.0, seed: int = 0):
-        self.delay, self.failing = delay, failing
+        self.delay, self.failing, self.dead = delay, failing, False
         self.calls: Counter[str] = Counter()
-        self.failed = 0
+        self.failed = self.refused = 0
         chance, turn = random.Random(seed), threading.Lock()
         host = urlsplit(target).netloc
         proxy = self
@@ -80,6 +82,10 @@ class Proxy:
             def answer(self) -> None:
                 length = int(self.headers.get("Content-Length") or 0)
                 body = self.rfile.read(length)
+                if proxy.dead:
+                    proxy.refused += 1
+                    self.close_connection = True
+                    return
                 with turn:
                     path = urlsplit(self.path).path
                     kind = path if "/artifacts/" not in path else "artifacts"

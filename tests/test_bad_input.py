@@ -338,7 +338,7 @@ def test_what_is_not_there_or_damaged(folder, refusal, words, said):
 @pytest.mark.parametrize(
     ("changes", "arguments", "said"),
     [
-        ({}, "--tracking-uri ftp://nowhere", "tracking_uri: 'ftp://nowhere' .* unsupported"),
+        ({}, "--tracking-uri sqlite:///mine.py", "tracking_uri: .* file is not a database"),
         (
             {"resources": "Resources(cpus_per_trial=64)"},
             "",
@@ -388,33 +388,54 @@ def test_arguments_that_there_are_not(cli, words, said):
     assert "Traceback" not in errors
 
 
-@pytest.mark.slow
+FRESH = """
+import sys
+from raytickets.cli import main
+try:
+    main()
+finally:
+    print(*{"torch", "ray", "mlflow"} & sys.modules.keys())
+"""
+
+
 @pytest.mark.parametrize(
-    ("name", "value", "arguments", "said"),
+    ("variable", "words", "said"),
     [
-        ("RAY_ADDRESS", "ftp://host", "", "RAY_ADDRESS: 'ftp://host' .* must be auto or host:port"),
-        ("RAY_ADDRESS", "[::1", "", r"RAY_ADDRESS: '\[::1' .* no Ray cluster"),
-        ("RAY_ADDRESS", "127.0.0.1:1", "", r"RAY_ADDRESS: '127\.0\.0\.1:1' .* no Ray cluster"),
-        ("RAYTICKETS_DEADLINE_S", "soon", "", "RAYTICKETS_DEADLINE_S: 'soon' .* at least 0"),
-        ("MLFLOW_TRACKING_URI", "ftp://host", "", "tracking_uri: 'ftp://host' .* unsupported"),
-        (
-            "RAYTICKETS_WORK",
-            "~nobody-here/x",
-            "--storage s3://bucket/x",
-            "storage: 's3://bucket/x'",
-        ),
+        ("RAY_ADDRESS=ftp://host", "", "RAY_ADDRESS: 'ftp://host' .* must be auto or host:port"),
+        ("RAY_ADDRESS=127.0.0.1:1", "", r"RAY_ADDRESS: '127\.0\.0\.1:1' .* no Ray cluster"),
+        ("", "--address host", "address: 'host' .* must be auto or host:port"),
+        ("RAYTICKETS_DEADLINE_S=soon", "", "RAYTICKETS_DEADLINE_S: 'soon' .* at least 0"),
+        ("MLFLOW_TRACKING_URI=ftp://host", "", "tracking_uri: 'ftp://host' .* a database or a"),
+        ("", "--tracking-uri sqlite:///images", "tracking_uri: 'sqlite:///images' .* Is a direct"),
+        ("RAYTICKETS_WORK=~nobody/x", "--storage s3://bucket/x", "storage: 's3://bucket/x'"),
     ],
 )
-@pytest.mark.usefixtures("folder")
-def test_a_variable_of_the_environment_that_cannot_be_used(name, value, arguments, said):
+def test_what_cannot_be_used_elsewhere_is_seen_before_torch_ray_and_mlflow_are_imported(
+    folder, variable, words, said
+):
+    name, _, value = variable.partition("=")
     done = subprocess.run(
-        [sys.executable, "-m", "raytickets.cli", "search", "mine.py", *arguments.split()],
-        env=os.environ | {name: value},
+        [sys.executable, "-c", FRESH, "search", "mine.py", *words.split()],
+        env=os.environ | ({name: value} if name else {}),
         capture_output=True,
         text=True,
     )
-    lines = [line for line in done.stderr.splitlines() if line.startswith("raytickets: ")]
-    assert done.returncode == 2, done.stderr
-    assert len(lines) == 1
-    assert re.search(said, lines[0]), lines[0]
-    assert "Traceback" not in done.stderr
+    assert (done.returncode, done.stdout) == (2, "\n"), done.stderr
+    assert re.fullmatch(f"raytickets: {said}.*\n", done.stderr), done.stderr
+    assert sorted(path.name for path in folder.iterdir()) == ["images", "mine.py", "nets.py"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("compare mine.py --address ray://host:1", "address: 'ray://host:1' .* ray job submit"),
+        ("retrain sweeps/first/tickets/none --address host", "address: 'host' .* must be auto"),
+        ("retrain sweeps/first/tickets/none --tracking-uri x", "tracking_uri: 'x' .* a database"),
+        ("sync first --tracking-uri http://", "tracking_uri: 'http://' .* no host"),
+    ],
+)
+def test_every_command_looks_where_ray_and_mlflow_are(folder, refusal, words, said):
+    write(folder / "sweeps" / "first", FINISHED)
+    (folder / "sweeps" / "first" / "tickets" / "none").mkdir(parents=True)
+    line = refusal(*words.split())
+    assert re.search(said, line), line

@@ -197,12 +197,14 @@ def test_a_search_reports_what_it_found_and_where_to_look(folder, cli, monkeypat
         return Sweep(write(plan.folder, FINISHED))
 
     stand_in_for_ray(monkeypatch, run)
-    code, output, errors = cli("search", "mine.py", "--name", "first", "--tracking-uri", "db")
+    words = ["search", "mine.py", "--name", "first", "--tracking-uri", "databricks"]
+    code, output, errors = cli(*words)
     assert (code, errors) == (0, "")
     lines = output.splitlines()
     assert lines[0] == f"sweep first in {folder / 'sweeps' / 'first'}"
     assert "first: done" in output
-    assert [line.strip() for line in lines[-2:]] == ["mlflow ui db", "http://db/mine"]
+    there = ["mlflow ui databricks", "http://databricks/mine"]
+    assert [line.strip() for line in lines[-2:]] == there
 
 
 @pytest.mark.usefixtures("folder")
@@ -288,7 +290,7 @@ def test_what_is_owed_to_mlflow_is_delivered_under_the_lease(found, cli, monkeyp
         pass
 
     def sync(path, uri):
-        assert (path.resolve(), uri) == (sweep, "db")
+        assert (path.resolve(), uri) == (sweep, "databricks")
         with pytest.raises(Held), hold(path):
             pytest.fail("it is not held")
         if silent:
@@ -298,15 +300,15 @@ def test_what_is_owed_to_mlflow_is_delivered_under_the_lease(found, cli, monkeyp
     tracking = SimpleNamespace(sync=sync, Undelivered=Undelivered)
     monkeypatch.setitem(sys.modules, "raytickets.tracking", tracking)
     silent = False
-    assert cli("sync", "first", "--tracking-uri", "db") == (
+    assert cli("sync", "first", "--tracking-uri", "databricks") == (
         *(0, "MLflow has all 23 events of first in 7 runs\n", ""),
     )
     silent = True
-    assert cli("sync", "first", "--tracking-uri", "db") == (
+    assert cli("sync", "first", "--tracking-uri", "databricks") == (
         *(3, "", "raytickets: 3 events did not reach MLflow\n"),
     )
     with hold(sweep):
-        assert cli("sync", "first", "--tracking-uri", "db")[0] == 4
+        assert cli("sync", "first", "--tracking-uri", "databricks")[0] == 4
 
 
 def test_history_shows_the_sweeps_of_a_space(found, cli):

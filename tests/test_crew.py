@@ -7,8 +7,20 @@ import pytest
 
 import raytickets.driver  # which sets what Ray reads when it is imported
 from raytickets import crew
-from raytickets.crew import Job, RayActorManager, Searcher, Work, _Asked, _Crew, _Ended, why
-from raytickets.room import Room
+from raytickets import room as rooms
+from raytickets.crew import (
+    Job,
+    RayActorManager,
+    Searcher,
+    TuneTrial,
+    Work,
+    _Asked,
+    _Crew,
+    _Ended,
+    _Heard,
+    why,
+)
+from raytickets.room import NoRoom, Room
 
 exceptions = raytickets.driver.ray.exceptions
 RayActorError, RayTaskError = exceptions.RayActorError, exceptions.RayTaskError
@@ -161,6 +173,94 @@ def test_a_worker_that_dies_without_a_job_is_no_loss():
     work, crew = crew_of(1)
     crew.lost("waits", "lost", "gone")
     assert work.told == work.failed == []
+
+
+def test_what_a_trial_reported_is_forgotten_when_it_has_ended(monkeypatch):
+    """By Ray Tune, which would keep it for as long as a sweep runs: 40 KiB a trial."""
+    monkeypatch.setattr(crew, "leaving", set)
+    _, one = crew_of(1)
+    trial = TuneTrial("none", stub=True)
+    one.suggest(trial.trial_id)
+    trial.update_last_result({"training_iteration": 1, "epoch": 1.0})
+    assert "epoch" in trial.last_result
+    assert "epoch" in trial.metric_analysis
+    _Heard(one).on_trial_complete(1, [trial], trial)
+    assert one.over
+    assert "epoch" not in trial.last_result
+    assert not trial.metric_analysis
+    assert not trial.metric_n_steps
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    """Of made-up size and time, with a deadline of 60 s; it counts how often it is looked at."""
+    made_up = SimpleNamespace(slots=0, now=0.0, looks=0)
+
+    def slots(_needed, _noticed):
+        made_up.looks += 1
+        return made_up.slots
+
+    for module in (crew, rooms):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: made_up.now))
+    monkeypatch.setattr(rooms, "_slots", slots)
+    monkeypatch.setenv("RAYTICKETS_DEADLINE_S", "60")
+    return made_up
+
+
+def test_jobs_wait_for_a_machine_until_the_deadline(cluster):
+    _, crew = crew_of(2)
+    crew.suggest("handed out, but there is no worker")
+    for cluster.now in range(100, 160):
+        crew.look()
+    cluster.now = 160
+    with pytest.raises(NoRoom, match=r"^no machine with 1 CPU came within 60 s"):
+        crew.look()
+
+
+def test_a_job_that_runs_is_not_waited_for_and_no_machine_is_looked_for(cluster):
+    """It may be on a machine that was given notice, which has no room for another."""
+    _, crew = crew_of(2)
+    crew.look()
+    crew.suggest("a")
+    crew.suggest("b")
+    crew.begun("a")
+    for cluster.now in range(10, 10_000, 10):
+        crew.look()
+    assert cluster.looks == 1
+    crew.lost("a", "taken", "gone")
+    crew.look()
+    cluster.now += 59
+    crew.look()
+    cluster.now += 1
+    with pytest.raises(NoRoom):
+        crew.look()
+
+
+def test_a_job_on_a_full_cluster_waits_as_long_as_it_takes(cluster):
+    _, crew = crew_of(1)
+    cluster.slots = 2  # which others may use
+    crew.suggest("a")
+    for cluster.now in range(0, 10_000, 10):
+        crew.look()
+    assert cluster.looks == 1000
+
+
+def test_machines_are_looked_for_once_a_second_at_most(cluster):
+    _, crew = crew_of(1)
+    for tenth in range(50):
+        cluster.now = tenth / 10
+        crew.look()
+    assert cluster.looks == 5
+
+
+def test_nothing_is_waited_for_when_all_is_done(cluster):
+    _, crew = crew_of(1)
+    crew.suggest("a")
+    crew.look()
+    crew.complete("a")
+    cluster.now = 1000
+    crew.look()
+    assert cluster.looks == 1
 
 
 def failed(tmp_path: Path, error: Exception, pickled: bool = True):

@@ -75,10 +75,3 @@ def test_a_later_rung_proves_again_from_the_draw_with_twice_the_macs(drawn):
     assert (first["proof_accuracy"], first["proof_macs"]) == (right, macs)
     assert second["proof_macs"] == pytest.approx(2 * macs, rel=0.05)
     assert (second["event"], second["ticket"], second["rung"]) == ("proof", event["ticket"], 2)
-
-
-def test_a_proof_leaves_the_global_random_state_alone(drawn):
-    setting, _, _, event = drawn
-    before = torch.get_rng_state()
-    prove(setting, setting.sweep / event["path"], 1)
-    assert torch.equal(torch.get_rng_state(), before)

@@ -142,7 +142,7 @@ def test_an_interruption_ends_all_within_ten_seconds(start, tmp_path, undisturbe
     until(lambda: told(tmp_path, when), command)
     command.process.send_signal(number)
     time.sleep(0.3)
-    command.process.send_signal(number)  # A second one changes nothing.
+    command.process.send_signal(signal.SIGINT)  # A second one changes nothing.
     assert command.wait(10) == 130, command.said
     assert "raytickets search tiny.py --name first" in command.said.splitlines()[-1]
     assert read_journal(tmp_path / "sweeps/first")[-1]["state"] == "interrupted"
@@ -163,7 +163,7 @@ def test_sigterm_while_ray_starts_is_an_interruption(start):
     assert command.left() == []
 
 
-def test_a_killed_driver_leaves_no_worker_and_the_same_command_goes_on(
+def test_a_killed_driver_leaves_no_process_and_the_same_command_goes_on(
     start, tmp_path, undisturbed
 ):
     command = start()
@@ -172,9 +172,8 @@ def test_a_killed_driver_leaves_no_worker_and_the_same_command_goes_on(
     command.process.kill()
     command.wait()
     killed = time.monotonic()
-    # Ray's own two agents end when they miss their raylet, which has taken over a minute.
-    while left := [line for line in command.left() if "Agent" not in line]:
-        assert time.monotonic() - killed < 60, left
+    while left := command.left():
+        assert time.monotonic() - killed < 30, left
         time.sleep(0.2)
     assert Sweep(tmp_path / "sweeps/first").report()["state"] == "unfinished"
     again = start()

@@ -7,9 +7,9 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from s3_server import serving
 
 from raytickets import lease as leases
 from raytickets import storage
@@ -207,23 +207,126 @@ def test_a_lease_that_another_process_took_is_lost_and_left_to_it(objects, copy)
     assert objects.content == b"another's"
 
 
+def ended() -> int:
+    """The pid of a process that has ended."""
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        return process.pid
+
+
+@pytest.fixture
+def left(objects, copy, monkeypatch):
+    """`left()` is a lease that this process never gave back, as it is in the store, and
+    `left(record)` another one; both last `life_s` from now."""
+    with monkeypatch.context() as killed:
+        killed.setattr(leases._Renewal, "run", lambda _: None)
+        with hold(copy):
+            found = json.loads(objects.content)
+
+    def put(record=found, life_s=100):
+        objects.content = json.dumps(record | {"until": time.time() + life_s}).encode()
+        return json.loads(objects.content)
+
+    return put
+
+
+needs_proc = pytest.mark.skipif(leases._process() is None, reason="no /proc")
+
+
+@needs_proc
+def test_the_lease_of_a_process_that_ended_on_this_host_is_free_at_once(left, copy):
+    record = left()
+    record["holder"]["pid"] = ended()
+    left(record)
+    with hold(copy) as lease:
+        assert lease.token == record["token"] + 1
+
+
+@needs_proc
+def test_that_its_pid_is_used_again_keeps_no_lease(left, copy):
+    record = left()
+    record["process"][2] = str(int(record["process"][2]) - 1)
+    left(record)
+    with hold(copy) as lease:
+        assert lease.token == record["token"] + 1
+
+
+def of_another_boot(record):
+    record["process"][0] = "another boot"
+
+
+def of_another_pid_namespace(record):
+    record["process"][1] = "pid:[1]"
+
+
+def of_another_host(record):
+    record["holder"]["host"] = "another"
+
+
+def that_did_not_say(record):
+    record["process"] = None
+
+
+@needs_proc
+@pytest.mark.parametrize(
+    "change", [of_another_boot, of_another_pid_namespace, of_another_host, that_did_not_say]
+)
+def test_a_holder_whose_pid_means_nothing_here_is_waited_for(left, copy, change):
+    record = left()
+    record["holder"]["pid"] = ended()
+    change(record)
+    left(record)
+    with pytest.raises(Held), hold(copy):
+        pytest.fail("nobody knows that it has ended")
+    left(record, life_s=-1)
+    with hold(copy) as lease:
+        assert lease.token == record["token"] + 1
+
+
+def test_without_proc_the_lease_of_a_process_that_ended_is_waited_for(left, copy, monkeypatch):
+    record = left()
+    record["holder"]["pid"] = ended()
+    left(record)
+    monkeypatch.setattr(leases, "_process", lambda _=None: None)
+    with pytest.raises(Held), hold(copy):
+        pytest.fail("nobody knows that it has ended")
+
+
+@pytest.fixture
+def address(tmp_path, monkeypatch):
+    """The local copy of an address at a stand-in for S3."""
+    with serving("bucket") as environment:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        yield tmp_path / "raytickets/remote/s3/bucket/first"
+
+
 @pytest.mark.slow
-def test_of_twenty_at_once_one_holds_at_an_address(start, tmp_path, monkeypatch):
-    server = Path(__file__).with_name("s3_server.py")
-    command = [sys.executable, str(server), "bucket"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as moto:
-        try:
-            port = moto.stdout.readline().strip()
-            monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
-            monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
-            monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-            monkeypatch.setenv("AWS_REGION", "us-east-1")
-            processes = start(20, tmp_path / "raytickets/remote/s3/bucket/first")
-            for process in processes:
-                process.stdin.close()
-            said = {process.pid: process.stdout.readline().split() for process in processes}
-        finally:
-            moto.kill()
+def test_of_twenty_at_once_one_holds_at_an_address(start, address):
+    processes = start(20, address)
+    for process in processes:
+        process.stdin.close()
+    said = {process.pid: process.stdout.readline().split() for process in processes}
     (holder,) = [pid for pid, words in said.items() if words == ["holds", "1"]]
+    del said[holder]
+    assert [*said.values()] == [[str(holder), socket.gethostname()]] * 19
+
+
+@needs_proc
+@pytest.mark.slow
+def test_of_a_process_that_is_killed_twenty_others_get_the_lease_once_at_an_address(start, address):
+    """Each of them asks once, and the lease would last for two minutes."""
+    (process,) = start(1, address)
+    process.stdin.close()
+    assert process.stdout.readline().split() == ["holds", "1"]
+    (early,) = start(1, address)
+    early.stdin.close()
+    assert early.stdout.readline().split() == [str(process.pid), socket.gethostname()]
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    others = start(20, address)
+    for other in others:
+        other.stdin.close()
+    said = {other.pid: other.stdout.readline().split() for other in others}
+    (holder,) = [pid for pid, words in said.items() if words == ["holds", "2"]]
     del said[holder]
     assert [*said.values()] == [[str(holder), socket.gethostname()]] * 19

@@ -1,5 +1,6 @@
 """Every method ends in tickets of the same kind, and says what finding them cost."""
 
+import contextlib
 import dataclasses
 import json
 from itertools import pairwise
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from raytickets import cost, methods
+from raytickets import checkpoint, cost, methods, train
 from raytickets.config import (
     Comparison,
     Data,
@@ -271,11 +272,9 @@ def test_lottery_ticket_rewinds_to_an_early_epoch(dataset, tmp_path):
     network = build_network(space.network, in_channels=1, num_classes=10, seed=0)
     optimizer = SGD(setting.numerics.place(network), two.momentum, two.weight_decay)
 
-    def order(epoch):
-        return seeded("trajectory", 0, epoch)
-
-    args = network, optimizer, setting.batches, two, order, setting.numerics
-    assert len(list(fit(*args, penalty=1e-3))) == 2
+    args = network, optimizer, setting.batches, two, ("trajectory", 0), setting.numerics
+    *_, (steps, _) = fit(*args, penalty=1e-3)
+    assert steps == 2 * setting.batches.count(two.batch_size)
     assert same(ticket.network(), shrink(network, setting.groups, ticket.mask))
 
 
@@ -611,6 +610,34 @@ def test_a_retraining_that_was_stopped_is_as_one_that_never_was(
     assert again == [event for events in told for event in events]
 
 
+def test_a_retraining_that_died_within_an_epoch_is_as_one_that_never_was(
+    retrained, compared, dataset, tmp_path, monkeypatch
+):
+    folder, _ = compared
+    ticket, whole = retrained
+    setting, original, trained = prepare(SPACE, dataset, tmp_path), methods.fit, []
+
+    def dying(*given, **options):
+        for number, part in enumerate(original(*given, **options), start=1):
+            trained.append(part[0])
+            if number > 3:
+                raise InterruptedError
+            yield part
+
+    monkeypatch.setattr(methods, "fit", dying)
+    monkeypatch.setattr(train, "PART", 3)
+    monkeypatch.setattr(checkpoint, "INTERVAL_S", 0)
+    told = None
+    while told is None:
+        with contextlib.suppress(InterruptedError):
+            told = list(retrain_alone(setting, folder / ticket["path"]))
+    ends = setting.batches.count(SPACE.retraining.batch_size)
+    assert any(steps % ends for steps in trained[3::4])
+    for mine, theirs in zip(timeless(told), timeless([whole]), strict=True):
+        assert mine | {"loss": None} == theirs | {"loss": None}
+        assert mine.get("loss") == pytest.approx(theirs.get("loss"))
+
+
 def test_a_retraining_that_diverges_says_so(found, compared, dataset, tmp_path):
     folder, _ = compared
     recipe = dataclasses.replace(SPACE.retraining, learning_rate=1e30)
@@ -626,13 +653,7 @@ def test_retraining_starts_from_the_tickets_weights_and_its_seed(found, compared
     *_, (done,) = retrain_alone(setting, path)
     network, recipe = load_ticket(path).network(), SPACE.retraining
     optimizer = SGD(setting.numerics.place(network), recipe.momentum, recipe.weight_decay)
-    fitted = fit(
-        network,
-        optimizer,
-        setting.batches,
-        recipe,
-        lambda epoch: seeded("retrain", 0, epoch),
-        setting.numerics,
-    )
-    assert len(list(fitted)) == 4
+    batches = setting.batches
+    *_, (steps, _) = fit(network, optimizer, batches, recipe, ("retrain", 0), setting.numerics)
+    assert steps == 4 * batches.count(recipe.batch_size)
     assert same(load_ticket(folder / done["path"]).network(), network.cpu())

@@ -77,6 +77,7 @@ def announce(seconds):
 def strike():
     match what:
         case "removed":
+            (folder / f"stuck-{going.node_id}").touch()  # A worker may outlive its node a little.
             cluster.remove_node(going, allow_graceful=False)
         case "taken":
             (folder / f"stuck-{going.node_id}").touch()
@@ -97,6 +98,38 @@ search(space, name="it", storage=storage, observer=hear)
 alive = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
 (folder / "end").write_text(json.dumps({"gone": going.node_id, "alive": alive}))
 ray.shutdown()
+cluster.shutdown()
+"""
+
+
+ALONE = """
+import json, os, subprocess, sys, time
+from pathlib import Path
+from ray.cluster_utils import Cluster
+from raytickets.sweep import Sweep, select
+
+folder, loopback = Path(os.environ["NODES"]), {"node_ip_address": "127.0.0.1"}
+sweep = Sweep(folder / "it")
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **loopback})
+node = cluster.add_node(num_cpus=1, **loopback)
+command = [sys.executable, "-m", "raytickets.cli", *sys.argv[1:], "--address", cluster.address]
+said = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+
+def half_way():
+    events = sweep.events() if (sweep.path / "journal.jsonl").exists() else []
+    return any(event["epoch"] == 2 for event in select(events, "check"))
+
+first = subprocess.Popen(command, **said)
+while first.poll() is None and not half_way():
+    time.sleep(0.2)
+cluster.remove_node(node, allow_graceful=False)
+_, errors = first.communicate()
+(folder / "struck").touch()  # Not before: a worker may outlive its node a little.
+end = {"errors": errors, "report": sweep.report(), "left": sweep.events()}
+cluster.add_node(num_cpus=1, **loopback)
+again = subprocess.run(command, **said)
+end |= {"codes": [first.returncode, again.returncode], "again": again.stderr}
+(folder / "end").write_text(json.dumps(end))
 cluster.shutdown()
 """
 
@@ -199,3 +232,41 @@ def test_a_node_that_was_given_notice_ends_its_trajectory_and_begins_nothing(sea
     assert_done(swept, undisturbed, [])
     assert swept.before.count(swept.gone) == 1
     assert swept.gone not in [*swept.after, *swept.alive]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_search_whose_only_machine_goes_ends_by_the_deadline_and_goes_on_later(
+    space, undisturbed, tmp_path
+):
+    (tmp_path / "mine.py").write_text(
+        "from raytickets.config import SearchSpace\n"
+        f"def space():\n    return SearchSpace.from_dict({space.as_dict()!r})\n"
+    )
+    command = ["search", f"{tmp_path}/mine.py", "--name", "it", "--storage", str(tmp_path)]
+    env = os.environ | {
+        "NODES": str(tmp_path),
+        "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db",
+        "RAYTICKETS_DEADLINE_S": "5",
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # which lets Ray keep to loopback
+        "RAY_enable_autoscaler_v2": "0",  # of which this cluster has none
+    }
+    script = [sys.executable, "-c", ALONE, *command]
+    done = subprocess.run(script, capture_output=True, text=True, timeout=850, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    end = json.loads((tmp_path / "end").read_text())
+    assert end["codes"] == [3, 0], end
+
+    reason = "no machine with 1 CPU came within 5 s (RAYTICKETS_DEADLINE_S)"
+    assert end["errors"].splitlines()[-1] == f"raytickets: {reason}"
+    assert "no machine with 1 CPU yet: waited 0 of 5 s" in end["errors"]
+    assert end["left"][-1] == {"event": "end", "state": "failed", "reason": reason}
+    (lost,) = end["report"]["retries"]
+    assert end["report"]["interrupted"] == [lost]
+    assert not end["report"]["trajectories"]
+
+    sweep = Sweep(tmp_path / "it")
+    assert sweep.events()[: len(end["left"])] == end["left"]
+    assert found(sweep.events()) == undisturbed
+    assert sweep.report()["state"] == "done"

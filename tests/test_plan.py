@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import socket
 from types import SimpleNamespace
 
 import pytest
@@ -23,7 +24,7 @@ from raytickets.config import (
 )
 from raytickets.journal import Journal
 from raytickets.lease import Held
-from raytickets.plan import make_plan, opened
+from raytickets.plan import check_store, deadline_s, make_plan, opened, ray_address
 
 
 @pytest.fixture
@@ -38,6 +39,9 @@ def space(image_folder):
         proof=Proof(batch_size=16),
         retraining=dataclasses.replace(SPACE.retraining, batch_size=16),
     )
+
+
+PLUGIN = "mlflow.tracking_store", "arn"
 
 
 def begun(space, storage, kind="sweep"):
@@ -288,3 +292,91 @@ def test_a_name_is_of_a_sweep_or_of_a_comparison(space, tmp_path, kind, other):
         InputError, match=f"name: 'first' .* it is a {kind}'s, and this is a {other}"
     ):
         make_plan(space, name="first", storage=tmp_path, kind=other)
+
+
+@pytest.mark.parametrize(("given", "seconds"), [("0", 0), ("2.5", 2.5), ("1e3", 1000)])
+def test_the_deadline_is_what_the_environment_says(monkeypatch, given, seconds):
+    monkeypatch.setenv("RAYTICKETS_DEADLINE_S", given)
+    assert deadline_s() == seconds
+
+
+@pytest.mark.parametrize("given", ["soon", "-1", "inf", "nan", ""])
+def test_a_deadline_that_is_none_is_refused(monkeypatch, given):
+    monkeypatch.setenv("RAYTICKETS_DEADLINE_S", given)
+    with pytest.raises(InputError, match=f"^RAYTICKETS_DEADLINE_S: '{given}' .* at least 0"):
+        deadline_s()
+
+
+def test_ray_is_where_it_is_said_to_be(monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert ray_address(None) == ("RAY_ADDRESS", "local")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        there = f"127.0.0.1:{listener.getsockname()[1]}"
+        monkeypatch.setenv("RAY_ADDRESS", there)
+        assert ray_address(None) == ("RAY_ADDRESS", there)
+        assert ray_address("auto") == ("address", "auto")
+    with pytest.raises(InputError, match=r"^RAY_ADDRESS: .* no Ray cluster answers"):
+        ray_address(None)
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("ray://127.0.0.1:10001", "must be auto or host:port; from elsewhere: ray job submit"),
+        ("localhost", "must be auto or host:port"),
+        ("[::1:6379", "no Ray cluster answers"),
+        ("127.0.0.1:none", "no Ray cluster answers"),
+        ("nowhere.invalid:6379", "no Ray cluster answers"),
+    ],
+)
+def test_an_address_where_no_ray_can_be_is_refused(address, said):
+    with pytest.raises(InputError, match=f"^address: .* {said}"):
+        ray_address(address)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "sqlite:///{}/mlflow.db",
+        "sqlite:///{}/new/runs/mlflow.db",
+        "postgresql+psycopg://me:hidden@host/mlflow",
+        "https://me:hidden@host/mlflow",
+        "databricks",
+    ],
+)
+def test_a_store_that_mlflow_may_be_able_to_use(tmp_path, uri):
+    check_store(uri.format(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("uri", "said"),
+    [
+        ("ftp://me:hidden@host?token=hidden", r"'ftp://\*\*\*@host' .* must be a database"),
+        ("./mlruns", "must be a database or a server, as sqlite:///mlflow.db"),
+        ("sqlite://", "a file is missing"),
+        ("sqlite:///", "a file is missing"),
+        ("sqlite:///{}", "Is a directory"),
+        ("sqlite:///{}/file/mlflow.db", "Not a directory"),
+        ("sqlite:////proc/mlflow.db", "/proc"),
+        ("http://", "no host"),
+        ("https://:5000/mlflow", "no host"),
+        ("http://host:port", "Port could not be cast"),
+    ],
+)
+def test_a_store_that_no_mlflow_can_use_is_refused(tmp_path, monkeypatch, uri, said):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri.format(tmp_path))
+    with pytest.raises(InputError, match=f"^tracking_uri: .*{said}") as refused:
+        check_store(None)
+    assert "hidden" not in str(refused.value)
+
+
+def test_folders_and_plugins_are_stores_where_mlflow_takes_them(monkeypatch):
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    check_store("./mlruns")
+    check_store("file:///mlruns")
+    monkeypatch.setattr(plans, "entry_points", lambda group, name: (group, name) == PLUGIN)
+    check_store("arn:aws:mlflow")
+    with pytest.raises(InputError):
+        check_store("ftp://host")

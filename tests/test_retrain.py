@@ -89,23 +89,28 @@ def test_the_average_over_uneven_shares_is_the_gradient_of_the_whole_batch(batch
 NETWORKS = """
 import os
 import signal
+import time
 from pathlib import Path
 import torch
 from torch import nn
+from raytickets import checkpoint, train
 from raytickets.models import cifar_vgg
+
+train.PART = 2
 
 class Watched(nn.Module):
     '''Writes a byte for every training step; dies at some steps of a worker, each time once.'''
 
-    def __init__(self, inner, folder, deaths):
+    def __init__(self, inner, folder, deaths, pause_s):
         super().__init__()
-        self.inner, self.folder, self.steps = inner, Path(folder), 0
+        self.inner, self.folder, self.pause_s, self.steps = inner, Path(folder), pause_s, 0
         self.deaths = {tuple(death) for death in deaths}
 
     def forward(self, images):
         if self.training:
             rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
             self.steps += 1
+            time.sleep(self.pause_s)
             with (self.folder / f"steps-{rank}").open("a") as file:
                 file.write(".")
             flag = self.folder / f"died-{rank}-{self.steps}"
@@ -116,9 +121,10 @@ class Watched(nn.Module):
                 raise RuntimeError("there is no way")
         return self.inner(images)
 
-def network(num_classes, in_channels, folder, deaths=()):
+def network(num_classes, in_channels, folder, deaths=(), pause_s=0, interval_s=60):
+    checkpoint.INTERVAL_S = interval_s
     inner = cifar_vgg(num_classes=num_classes, in_channels=in_channels, depth=9, width=0.125)
-    return Watched(nn.Sequential(inner, nn.Dropout(0.1)), folder, deaths)
+    return Watched(nn.Sequential(inner, nn.Dropout(0.1)), folder, deaths, pause_s)
 
 def plain(num_classes, in_channels):
     return nn.Sequential(
@@ -160,13 +166,13 @@ def ticket_of(space, dataset, folder):
 class Retrainings:
     """Retrains a ticket of a network that is watched, in a sweep's folder of its own."""
 
-    def __init__(self, folder, deaths=()):
+    def __init__(self, folder, deaths=(), **options):
         import ray
 
         folder.mkdir()
         self.folder = folder
         (folder / "nets.py").write_text(NETWORKS)
-        options = {"folder": str(folder), "deaths": [list(death) for death in deaths]}
+        options |= {"folder": str(folder), "deaths": [list(death) for death in deaths]}
         self.space = dataclasses.replace(
             SPACE, network=Network(f"{folder}/nets.py:network", options)
         )
@@ -240,8 +246,21 @@ def test_a_lost_worker_costs_nothing_but_time(calm, tmp_path, seed):
 
 
 @pytest.mark.slow
+def test_a_lost_worker_is_replaced_within_an_epoch(calm, tmp_path):
+    disturbed = Retrainings(tmp_path / "sweep", [(1, 2 * STEPS)], interval_s=0)
+    events = disturbed()
+    assert len(select(events, "retry")) == 1
+    # There are checkpoints after the second and the fourth step of an epoch; the last one may have
+    # been on its way to the disk.
+    assert 3 * STEPS < disturbed.steps(1) <= 3 * STEPS + 3
+    assert told(events) == told(calm[0])
+    assert_same(disturbed.weights(events), calm[1])
+
+
+@pytest.mark.slow
 def test_a_driver_that_stops_goes_on_from_the_last_epoch(calm, tmp_path):
-    retraining = Retrainings(tmp_path / "sweep")
+    # Else its workers may come to the end before they hear of it.
+    retraining = Retrainings(tmp_path / "sweep", pause_s=0.2)
 
     def full(event):
         if event.get("epoch") == 2:
@@ -324,18 +343,21 @@ def test_two_workers_with_uneven_shares_train_as_one(tmp_path):
 
 
 RESIZED = """
-import json, sys, threading
+import functools, json, sys, threading
 from pathlib import Path
 from raytickets.driver import ray
 from ray.cluster_utils import Cluster
+from raytickets import retrain as module
 from raytickets.config import *
 from raytickets.data import load_data
-from raytickets.retrain import DENSE, Job, retrain, worker_count
+from raytickets.retrain import DENSE, Job, NoRoom, ScalingConfig, retrain, worker_count
 
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-other = cluster.add_node(num_cpus=1)
+module.ScalingConfig = functools.partial(ScalingConfig, elastic_resize_monitor_interval_s=3)
+folder, asked, here, there, epochs = sys.argv[1:]
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": int(here)})
+other = cluster.add_node(num_cpus=1) if there == "goes" else None
 ray.init(address=cluster.address, log_to_driver=False)
-asked = {"pair": (1, 2), "any": None}[sys.argv[2]]
+asked = {"pair": (1, 2), "any": None, "two": 2, "more": (2, 3)}[asked]
 space = SearchSpace(
     name="tiny",
     network=Network("cifar_vgg", {"depth": 9, "width": 0.125}),
@@ -343,36 +365,96 @@ space = SearchSpace(
     penalties=(1e-3,),
     prune_ratios=(0.5,),
     training=Training(epochs=10),
-    retraining=Retraining(epochs=40, batch_size=25, num_workers=asked),
+    retraining=Retraining(epochs=int(epochs), batch_size=25, num_workers=asked),
 )
+under_way, heard = threading.Event(), set()
+
+class Grown(Exception):
+    pass
 
 def hear(event):
-    print(json.dumps(event), flush=True)
-    if event["event"] == "epoch" and event["epoch"] == 3:
-        threading.Thread(target=cluster.remove_node, args=(other, False)).start()
+    if event["event"] != "epoch" or event["epoch"] not in heard:
+        print(json.dumps(event), flush=True)
+    heard.add(event.get("epoch"))
+    if event.get("epoch") == 3:
+        under_way.set()
+    if there == "comes" and event.get("num_workers") == 2:
+        raise Grown
 
-workers = worker_count(space, 2)
-retrain(space, [Job(DENSE, None)], ray.put(load_data(space.data)), Path(sys.argv[1]), workers, hear)
+def train():
+    try:
+        retrain(space, [Job(DENSE, None)], data, Path(folder), workers, hear)
+    except (Grown, NoRoom) as error:
+        print(error)
+
+data, workers = ray.put(load_data(space.data)), worker_count(space, int(here) + bool(other))
+training = threading.Thread(target=train)
+training.start()
+under_way.wait()
+if other:
+    cluster.remove_node(other, False)
+else:
+    cluster.add_node(num_cpus=1)
+training.join()
 ray.shutdown()
 cluster.shutdown()
 """
+
+
+def resized(folder, asked, here, there, epochs, **environment):
+    """What is printed where so many workers are here and a machine for one more comes or goes."""
+    command = [sys.executable, "-c", RESIZED, folder, asked, here, there, epochs]
+    # How long a group waits for its workers before it is counted again what there is.
+    env = {**os.environ, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15", **environment}
+    command = [str(word) for word in command]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=580, env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = done.stdout.splitlines()
+    events = [json.loads(line) for line in lines if line.startswith('{"event"')]
+    return events, lines
+
+
+def sizes(events):
+    return {event["epoch"]: event["num_workers"] for event in select(events, "epoch")}
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("asked", ["pair", "any"])
 def test_a_lost_machine_leaves_a_smaller_group(tmp_path, asked):
-    """Two nodes of Ray, one of which is removed in the middle."""
-    command = [sys.executable, "-c", RESIZED, str(tmp_path), asked]
-    # How long a group waits for its workers before it is counted again what there is.
-    env = {**os.environ, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=580, env=env)
-    assert done.returncode == 0, done.stderr[-2000:]
-    lines = [line for line in done.stdout.splitlines() if line.startswith('{"event"')]
-    events = [json.loads(line) for line in lines]
+    events, _ = resized(tmp_path, asked, here=1, there="goes", epochs=150)
     assert select(events, "retry")
-    sizes = {event["epoch"]: event["num_workers"] for event in select(events, "epoch")}
-    assert list(sizes) == list(range(1, 41))
-    assert [sizes[1], sizes[40]] == [2, 1]
+    found = sizes(events)
+    assert list(found) == list(range(1, 151))
+    assert [found[1], found[150]] == [2, 1]
     assert select(events, "retrained")[0]["num_workers"] == 1
     assert Path(tmp_path / "checkpoints" / DENSE).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_new_machine_makes_a_larger_group(tmp_path):
+    """It is ended then: how many epochs that takes is up to Ray."""
+    events, _ = resized(tmp_path, "pair", here=1, there="comes", epochs=100_000)
+    found = sizes(events)
+    last = max(found)
+    assert list(found) == list(range(1, last + 1))
+    assert [found[1], found[last]] == [1, 2]
+    assert not select(events, "retry")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("asked", "here", "what"),
+    [
+        ("any", 0, "machine with 1 CPU"),
+        ("two", 1, "room for 2 workers of 1 CPU"),
+        ("more", 1, "room for 2 workers of 1 CPU"),
+    ],
+)
+def test_retraining_waits_no_longer_than_the_deadline(tmp_path, asked, here, what):
+    environment = {"RAYTICKETS_DEADLINE_S": "20"}
+    events, lines = resized(tmp_path, asked, here, there="goes", epochs=10_000, **environment)
+    assert f"no {what} came within 20 s (RAYTICKETS_DEADLINE_S)" in lines
+    assert not select(events, "retrained")

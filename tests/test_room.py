@@ -37,7 +37,7 @@ def machines(room, monkeypatch):
             monotonic=lambda: clock[0], sleep=lambda s: clock.__setitem__(0, clock[0] + s)
         )
         monkeypatch.setattr(room, "time", time)
-        monkeypatch.setattr(room, "_machines", lambda: looks.pop(0) if len(looks) > 1 else looks[0])
+        monkeypatch.setattr(room, "_machines", lambda *_: looks.pop(0) if looks[1:] else looks[0])
         return clock
 
     return have
@@ -118,10 +118,31 @@ def test_no_machine_by_the_deadline(room, machines, autoscaler, caplog):
         room._room(space(gpus_per_trial=0), 3, 90, brings)
     assert clock[0] == pytest.approx(90, abs=2)
     assert [record.message for record in caplog.records] == [
-        "waiting for a machine with 1 CPU: 0 of 90 s",
-        "waiting for a machine with 1 CPU: 60 of 90 s",
+        "no machine with 1 CPU yet: waited 0 of 90 s",
+        "no machine with 1 CPU yet: waited 60 of 90 s",
     ]
     assert asked[-1] is None
+
+
+def test_the_deadline_counts_from_when_the_last_machine_went(room, machines):
+    clock = machines(*[[{"CPU": 2.0}]] * 2, [{}], [{"CPU": 2.0}], [{}])
+    waiting = room.Waiting({"CPU": 1.0}, 90)
+    slots = []
+    for clock[0] in (0, 1000, 1060, 1100, 1130, 1219):
+        slots.append(waiting.look())
+    assert slots == [2, 2, 0, 2, 0, 0]
+    clock[0] = 1220
+    with pytest.raises(room.NoRoom):
+        waiting.look()
+
+
+def test_too_few_machines_are_none(room, machines):
+    clock = machines([{"CPU": 2.0}], [{"CPU": 2.0}, {"CPU": 1.0}], [{"CPU": 2.0}], [{"CPU": 2.0}])
+    waiting = room.Waiting({"CPU": 1.0}, 90, least=3)
+    assert [waiting.look() for _ in range(3)] == [0, 3, 0]
+    clock[0] += 90
+    with pytest.raises(room.NoRoom, match=r"^no room for 3 workers of 1 CPU came within 90 s"):
+        waiting.look()
 
 
 @pytest.mark.parametrize(
@@ -166,6 +187,9 @@ def test_machines_that_were_given_notice_have_no_room(room, monkeypatch):
     monkeypatch.setattr(room.ray, "nodes", lambda: nodes)
     monkeypatch.setattr(room.ray_state.state, "get_draining_nodes", lambda: {"goes": 0})
     assert room.workers_now(0.0) == 2
+    with pytest.raises(room.NoRoom):
+        room.Waiting({"CPU": 4.0}, 0.0).look()
+    assert room.Waiting({"CPU": 4.0}, 0.0, noticed=True).look() == 1
 
 
 @pytest.mark.parametrize("given", ["soon", "-1", "inf", "nan"])

@@ -8,13 +8,18 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import optuna
 import pytest
 from obstore.store import MemoryStore
+from optuna.trial import TrialState
 from s3_server import serving
 
 from raytickets import storage
 from raytickets.config import InputError
-from raytickets.lease import LIFE_S, SKEW_S
+from raytickets.journal import NAME, read_journal
+from raytickets.lease import FILE, LIFE_S, SKEW_S
+from raytickets.study import point
+from raytickets.sweep import select
 from raytickets.ticket import load_ticket
 
 pytestmark = [
@@ -84,6 +89,8 @@ def test_nothing_is_uploaded_from_or_downloaded_to_a_plain_path(tmp_path, monkey
     assert storage.names(tmp_path) == []
     path = ticket(tmp_path / "tickets" / "a")
     storage.keep(path)
+    storage.keep_database(path / "manifest.json")
+    assert storage.fetch_database(path / "none") == path / "none"
     (path / "ticket.safetensors").write_bytes(b"damaged")
     assert storage.fetch(path, again=True) == path
     assert (path / "ticket.safetensors").read_bytes() == b"damaged"
@@ -276,6 +283,72 @@ def test_the_newest_journal_wins(here, there, newest, sweeps):
     assert (path.read_bytes() if path.exists() else None) == newest
 
 
+@pytest.fixture
+def databases(sweeps, tmp_path):
+    """One machine's copy of a database that it has uploaded, and another's, fetched from there."""
+    here, there = sweeps / "study.db", elsewhere(sweeps / "study.db", tmp_path)
+    here.parent.mkdir(parents=True)
+    here.write_bytes(b"1")
+    storage.keep_database(here)
+    return here, storage.fetch_database(there)
+
+
+def test_a_database_comes_from_where_it_was_uploaded_last(databases):
+    here, there = databases
+    assert there.read_bytes() == b"1"
+    there.write_bytes(b"1, 2 there")
+    storage.keep_database(there)
+    assert storage.fetch_database(here).read_bytes() == b"1, 2 there"
+    here.write_bytes(b"1, 2 there, 3 here")
+    storage.keep_database(here)
+    assert storage.fetch_database(there).read_bytes() == b"1, 2 there, 3 here"
+
+
+def test_what_was_not_uploaded_of_a_database_stays_if_nobody_else_went_on_with_it(databases):
+    here, there = databases
+    undo = here.with_name("study.db-journal")
+    for path in databases:
+        path.write_bytes(b"1, 2 not uploaded")
+        undo.touch()
+        assert storage.fetch_database(path).read_bytes() == b"1, 2 not uploaded"
+        assert undo.exists()
+    storage.keep_database(there)
+    here.write_bytes(b"1, 2 lost")
+    assert storage.fetch_database(here).read_bytes() == b"1, 2 not uploaded"
+    assert not undo.exists()  # It is of the file that was replaced.
+
+
+@pytest.mark.parametrize("arrives", [True, False])
+def test_an_upload_that_was_cut_off_is_not_taken_for_anothers(databases, monkeypatch, arrives):
+    here, _ = databases
+    here.write_bytes(b"1, 2")
+    ask = storage._ask
+
+    def cut_off(path, question):
+        if arrives:
+            ask(path, question)
+        raise OSError("no answer")
+
+    with monkeypatch.context() as silent:
+        silent.setattr(storage, "_ask", cut_off)
+        with pytest.raises(OSError, match="no answer"):
+            storage.keep_database(here)
+    here.write_bytes(b"1, 2, 3")
+    assert storage.read(here)[0] == (b"1, 2" if arrives else b"1")
+    assert storage.fetch_database(here).read_bytes() == b"1, 2, 3"
+
+
+def test_a_database_that_was_never_uploaded_gives_way_to_one_that_was(databases):
+    here, there = databases
+    other = there.with_name("other.db")
+    other.write_bytes(b"begun")
+    assert storage.fetch_database(other).read_bytes() == b"begun"
+    first = here.with_name("other.db")
+    first.write_bytes(b"begun elsewhere")
+    storage.keep_database(first)
+    assert storage.fetch_database(other).read_bytes() == b"begun elsewhere"
+
+
 def test_a_version_is_replaced_once(sweeps):
     path = sweeps / "lease.json"
     assert storage.read(path) is None
@@ -412,6 +485,12 @@ def space():
     )
 """
 
+PROPOSED = SPACE.replace("small", "proposed").replace(
+    "winners=1,",
+    """winners=1,
+        optuna=Optuna(trajectories=6, ranges={"penalty": Range(1e-4, 1e-3)}, startup=4),""",
+)
+
 
 class Machine:
     """One with its own local copies, which share nothing with another's but the store."""
@@ -419,6 +498,7 @@ class Machine:
     def __init__(self, folder, server):
         folder.mkdir()
         (folder / "small.py").write_text(SPACE)
+        (folder / "proposed.py").write_text(PROPOSED)
         work = {"RAYTICKETS_WORK": str(folder / "work"), "MLFLOW_TRACKING_URI": "sqlite:///ml.db"}
         self.folder, self.environment = folder, os.environ | server | work
 
@@ -443,8 +523,22 @@ class Machine:
         assert code == 0, output
         return json.loads(output)
 
-    def search(self, sweep):
-        return ("search", "small.py", "--storage", "s3://bucket/sweeps", "--name", sweep)
+    def search(self, sweep, space="small.py"):
+        return ("search", space, "--storage", "s3://bucket/sweeps", "--name", sweep)
+
+    def copy(self, sweep):
+        return self.folder / "work/raytickets/remote/s3/bucket/sweeps" / sweep
+
+    def search_until(self, sweep, space, count, number):
+        """Send the driver a signal once so many trajectories have ended, and wait for its end."""
+        log, ended = self.folder / "output.txt", b'"event": "trajectory"'
+        journal = self.copy(sweep) / NAME
+        with log.open("w") as output, self.start(*self.search(sweep, space), output=output) as run:
+            while not journal.exists() or journal.read_bytes().count(ended) < count:
+                assert run.poll() is None, log.read_text()
+                time.sleep(0.1)
+            run.send_signal(number)
+        return read_journal(self.copy(sweep))
 
 
 @pytest.fixture(scope="module")
@@ -499,6 +593,9 @@ def test_a_killed_sweep_goes_on_elsewhere(uninterrupted, machines, monkeypatch):
             assert driver.poll() is None, (one.folder / "output.txt").read_text()
             time.sleep(0.1)
         driver.kill()
+    content, version = storage.read(sweep / FILE)
+    lease = json.loads(content) | {"process": None}  # As if it had run on another host.
+    storage.put_if(sweep / FILE, json.dumps(lease).encode(), version)
     deadline = time.monotonic() + LIFE_S + SKEW_S + 30
     code, output = two.run(*two.search("second"))
     assert code == 4, output
@@ -512,3 +609,28 @@ def test_a_killed_sweep_goes_on_elsewhere(uninterrupted, machines, monkeypatch):
         sweep["tickets"] = {ticket["ticket"] for ticket in sweep["tickets"]}
         del sweep["name"], sweep["trajectories"]
     assert found == uninterrupted
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.usefixtures("s3")
+def test_a_study_is_gone_on_with_by_machines_in_turns(machines):
+    """One is interrupted, then the other is killed, and the first one comes to the end."""
+    one, two = machines
+    seen = [
+        *one.search_until("third", "proposed.py", 2, signal.SIGINT),
+        *two.search_until("third", "proposed.py", 4, signal.SIGKILL),
+    ]
+    code, output = one.run(*one.search("third", "proposed.py"))
+    assert code == 0, output
+    ends = select(read_journal(one.copy("third")), "trajectory")
+    before = {e["trajectory"]: e["changes"] for e in select(seen, "trajectory")}
+    assert len(before) >= 4
+    assert before.items() <= {e["trajectory"]: e["changes"] for e in ends}.items()
+    assert len({e["trajectory"] for e in ends}) == len(ends)
+    found = [e for e in ends if e["state"] != "failed"]
+    assert len(found) == 6
+    assert {e["trajectory"] for e in found} >= {*before}
+    study = optuna.load_study(study_name=None, storage=f"sqlite:///{one.copy('third')}/study.db")
+    complete = {t.number: t.params for t in study.trials if t.state == TrialState.COMPLETE}
+    assert complete == {point(e).number: e["changes"] for e in found}

@@ -12,9 +12,11 @@ import pytest
 from made_up_sweep import HIGH, LARGE, OPENING, SMALL, retrained, ticket
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
+from obstore.store import MemoryStore
 
+from raytickets import storage
 from raytickets.config import InputError
-from raytickets.store import prepare_store, resolve_uri
+from raytickets.store import TOKEN, Store, prepare_store, recorded_uri, resolve_uri
 from raytickets.tracking import Tracker, tickets_address, ui_command
 
 
@@ -113,6 +115,25 @@ def test_a_server_that_does_not_answer_now_is_no_bad_input(answering: str):
             assert why in said
             assert "hidden" not in said
             assert "\n" not in said
+
+
+def test_what_ties_a_sweep_at_an_address_to_its_runs_is_the_same_on_every_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    objects = MemoryStore()
+    monkeypatch.setattr(storage, "_store", lambda *_: objects)
+    one, two = (tmp_path / name / "raytickets/remote/s3/b/first" for name in ("one", "two"))
+    one.mkdir(parents=True)
+    (one / TOKEN).write_text("begun")  # A driver was killed before it was uploaded.
+    Store("http://first:5000", one)
+    assert recorded_uri(two) == "http://first:5000"
+    Store("http://second:5000", two)
+    assert (two / TOKEN).read_text() == "begun"
+    assert recorded_uri(one) == "http://second:5000"
+    (one / TOKEN).write_text("never uploaded")
+    Store("http://second:5000", one)
+    assert (one / TOKEN).read_text() == "begun"
 
 
 def test_no_password_is_shown():

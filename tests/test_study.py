@@ -10,11 +10,14 @@ from pathlib import Path
 import optuna
 import pytest
 from made_up_sweep import OPENING, SPACE, check, ticket, trajectory, write
+from obstore.store import MemoryStore
 from optuna.trial import TrialState
 
-from raytickets import study
+from raytickets import driver, storage, study
 from raytickets.config import Data, InputError, Network, Optuna, Range, Resources, Training
 from raytickets.halving import hypervolume
+from raytickets.lease import Holder, Lease, Lost
+from raytickets.plan import Plan
 from raytickets.trajectory import Point
 
 RANGES = {
@@ -158,7 +161,8 @@ def test_what_seems_to_run_is_settled_from_the_journal(tmp_path):
     study.settle(again, space(), events, tmp_path / "checkpoints")
     assert states(again) == [TrialState.COMPLETE, TrialState.FAIL, TrialState.FAIL]
     assert again.trials[0].values == study.outcome(space(), DENSE, TICKETS)
-    assert study.cut_off(again, space(), events) == [points[1]]
+    assert study.going_on(again, space(), events, tmp_path / "checkpoints") == []
+    assert study.cut_off(again, space(), events, []) == [points[1]]
 
 
 def test_what_has_a_checkpoint_and_has_not_ended_keeps_running(tmp_path):
@@ -171,8 +175,25 @@ def test_what_has_a_checkpoint_and_has_not_ended_keeps_running(tmp_path):
     again = opened(space(), tmp_path)
     study.settle(again, space(), events, tmp_path / "checkpoints")
     assert states(again) == [TrialState.COMPLETE, TrialState.RUNNING, TrialState.FAIL]
-    assert study.running(again, space()) == [points[1]]
-    assert study.cut_off(again, space(), events) == []
+    going_on = study.going_on(again, space(), events, tmp_path / "checkpoints")
+    assert going_on == [points[1]]
+    assert study.cut_off(again, space(), events, going_on) == []
+
+
+@pytest.mark.parametrize("told", [0, 1])
+def test_what_the_study_saw_end_and_the_journal_did_not_goes_on_from_its_checkpoint(tmp_path, told):
+    """Of a driver whose machine was lost the journal's last seconds are missing."""
+    (point,) = asked(space(), tmp_path, 1)
+    (tmp_path / "checkpoints" / point.id).mkdir(parents=True)
+    events = [OPENING, check(point.id, 1.0, {"0.3": None, "0.5": None})][: 1 + told]
+    again = opened(space(), tmp_path)
+    study.settle(again, space(), events, tmp_path / "checkpoints")
+    assert states(again) == [TrialState.COMPLETE]
+    going_on = study.going_on(again, space(), events, tmp_path / "checkpoints")
+    assert going_on == [point]
+    assert study.cut_off(again, space(), events, going_on) == []
+    events.append(ended("drawn"))
+    assert study.going_on(again, space(), events, tmp_path / "checkpoints") == []
 
 
 def test_only_the_trials_of_these_numbers_are_settled(tmp_path):
@@ -267,6 +288,84 @@ def test_a_sweep_whose_study_is_gone_is_refused(tmp_path):
         study.check_study(space(), tmp_path, DATA, begun)
     asked(space(), tmp_path, 1)
     study.check_study(space(), tmp_path, DATA, begun)
+
+
+@pytest.fixture
+def copies(tmp_path, monkeypatch):
+    """Two machines' copies of a sweep at one address."""
+    store = MemoryStore()
+    monkeypatch.setattr(storage, "_store", lambda *_: store)
+    folders = [tmp_path / name / "raytickets/remote/s3/b/first" for name in ("one", "two")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    return folders
+
+
+def drive(folder, before, count, upload=True):
+    """So many more trials at an address whose journal tells of these ones before."""
+    begun = [check(point.id, 1.0, {"0.3": None, "0.5": None}) for point in before]
+    study.check_study(space(), folder, DATA, [OPENING, *begun])
+    points = asked(space(), folder, count)
+    if upload:
+        storage.keep_database(folder / study.FILE)
+    return before + points
+
+
+def test_machines_in_turns_go_on_with_all_trials_of_each_other(copies):
+    one, two = copies
+    points = []
+    for folder in (one, two, one, two):
+        points = drive(folder, points, 2)
+    assert [point.number for point in points] == [0, 1, 2, 3, 4, 5, 6, 7]
+    (uploaded, _) = storage.read(one / study.FILE)
+    assert (two / study.FILE).read_bytes() == uploaded
+    found = opened(space(), two).trials
+    assert [study.propose(space(), trial) for trial in found] == points
+    assert len({point.penalty for point in points}) == 8
+
+
+def test_trials_that_a_killed_driver_did_not_upload_are_gone_on_with(copies):
+    one, two = copies
+    points = drive(one, drive(two, drive(one, [], 2), 2), 2)
+    points = drive(one, points, 1, upload=False)
+    assert drive(one, points, 1)[-1].number == 7
+    assert drive(two, points, 1)[-1].number == 8
+
+
+def test_a_trial_is_there_before_the_journal_tells_of_it_and_its_outcome_afterwards(copies):
+    one, two = copies
+    begun, there = check("trial0-seed0", 1.0, {"0.3": None, "0.5": None}), []
+
+    def tell(event):
+        copy = storage.fetch_database(two / study.FILE)
+        there.append(states(opened(space(), two)) if copy.exists() else None)
+        if event["event"] == "trajectory":
+            opened(space(), one).tell(0, 0.5)
+
+    holder = Holder("host", 1, "2026-01-01T00:00:00+00:00")
+    plan = Plan(space(), one, None, OPENING)
+    told = driver._with_study(plan, Lease(holder, 1), tell)
+    told(OPENING)
+    opened(space(), one).ask()
+    told(begun)
+    told(ended("drawn"))
+    assert there == [None, [TrialState.RUNNING], [TrialState.RUNNING]]
+    storage.fetch_database(two / study.FILE)
+    assert states(opened(space(), two)) == [TrialState.COMPLETE]
+
+
+def test_under_a_lost_lease_no_study_is_uploaded(copies):
+    one, _ = copies
+
+    def lost():
+        raise Lost("first", "another process has taken it")
+
+    lease = Lease(Holder("host", 1, "2026-01-01T00:00:00+00:00"), 1, lost)
+    told = driver._with_study(Plan(space(), one, None, OPENING), lease, pytest.fail)
+    opened(space(), one).ask()
+    with pytest.raises(Lost):
+        told(check("trial0-seed0", 1.0, {"0.3": None, "0.5": None}))
+    assert storage.read(one / study.FILE) is None
 
 
 @pytest.fixture

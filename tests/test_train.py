@@ -57,7 +57,7 @@ def test_an_epoch_is_what_torch_optim_computes(momentum):
         losses.append(task.item())
     for mine, reference in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(mine, reference)
-    assert loss == pytest.approx(sum(losses) / 5)
+    assert loss.item() == pytest.approx(sum(losses))
 
 
 def test_the_penalty_pulls_scales_to_zero_and_leaves_the_rest():
@@ -116,7 +116,7 @@ def trained(digits, how, epochs=2):
     optimizer = SGD(how.place(network), 0.9, 1e-4)
     rates = [0.02] * digits.count(32)
     losses = [
-        train(network, optimizer, digits.training(32, seeded(epoch)), rates, how, penalty=1e-4)
+        train(network, optimizer, digits.training(32, seeded(epoch)), rates, how, 1e-4).item()
         for epoch in range(epochs)
     ]
     return network, losses
@@ -167,20 +167,20 @@ def test_auto_is_bfloat16_where_the_processor_computes_it(monkeypatch, fast):
     assert numerics("bfloat16", True, grouped).dtype == torch.bfloat16
 
 
-def fitted(digits, recipe, *, parts=1, **options):
-    """A tiny network's weights after the recipe, done in so many parts, and what `fit` told."""
+def fitted(digits, recipe, *, parts=None, **options):
+    """A tiny network's weights after the recipe, stopped every few `parts`, and what `fit` told."""
     network = build_network(
         Network("cifar_vgg", {"depth": 9, "width": 0.125}), in_channels=1, num_classes=10, seed=0
     )
-    optimizer, told = SGD(network, recipe.momentum, recipe.weight_decay), []
-    for part in range(parts):
-        first = recipe.epochs * part // parts
-        losses = fit(network, optimizer, digits, recipe, seeded, PLAIN, first=first, **options)
-        told += islice(losses, recipe.epochs // parts * options.get("checks_per_epoch", 1))
+    optimizer, told, first = SGD(network, recipe.momentum, recipe.weight_decay), [], 0
+    while first < recipe.epochs * digits.count(recipe.batch_size):
+        losses = fit(network, optimizer, digits, recipe, (), PLAIN, first=first, **options)
+        told += islice(losses, parts)
+        first = told[-1][0]
     return network.state_dict(), told
 
 
-RECIPE = Training(epochs=2, batch_size=100, learning_rate=0.05, schedule="cosine")
+RECIPE = Training(epochs=2, batch_size=32, learning_rate=0.05, schedule="cosine")
 
 
 def test_fit_is_the_recipe_epoch_by_epoch(digits):
@@ -188,29 +188,22 @@ def test_fit_is_the_recipe_epoch_by_epoch(digits):
     network = build_network(
         Network("cifar_vgg", {"depth": 9, "width": 0.125}), in_channels=1, num_classes=10, seed=0
     )
-    optimizer, count = SGD(network, 0.9, 1e-4), digits.count(100)
-    expected = []
+    optimizer, count = SGD(network, 0.9, 1e-4), digits.count(32)
+    assert [steps for steps, _ in told] == [25, count, count + 25, 2 * count]
     for epoch in range(2):
-        rates = [learning_rate(RECIPE, epoch + step / count) for step in range(count)]
-        training = digits.training(100, seeded(epoch))
-        loss = train(network, optimizer, training, rates, PLAIN, penalty=1e-3)
-        expected.append(((epoch + 1) * count, loss))
-    assert told == expected
+        rates = [learning_rate(RECIPE, (epoch * count + step) / count) for step in range(count)]
+        loss = train(network, optimizer, digits.training(32, seeded(epoch)), rates, PLAIN, 1e-3)
+        assert sum(part for _, part in told[2 * epoch :][:2]) == pytest.approx(loss)
     assert all(torch.equal(weights[name], other) for name, other in network.state_dict().items())
 
 
 def test_looking_more_often_and_going_on_later_change_nothing(digits):
     weights, told = fitted(digits, RECIPE)
     often, looks = fitted(digits, RECIPE, checks_per_epoch=3)
-    later, again = fitted(digits, RECIPE, parts=2)
-    count = digits.count(100)
-    places = [0, count // 3, 2 * count // 3]
-    assert [steps for steps, _ in looks] == [
-        *places[1:],
-        count,
-        *(count + p for p in places[1:]),
-        2 * count,
-    ]
+    later, again = fitted(digits, RECIPE, parts=1)
+    count = digits.count(32)
+    places = sorted([count // 3, 25, 2 * count // 3, count])
+    assert [steps for steps, _ in looks] == [*places, *(count + place for place in places)]
     assert told == again
     for others in (often, later):
         assert all(torch.equal(weights[name], others[name]) for name in weights)
@@ -220,9 +213,9 @@ def test_workers_share_every_batch(digits, monkeypatch):
     asked = []
     training = digits.training
 
-    def recorded(size, order, rank, world):
+    def recorded(size, order, rank, world, first):
         asked.append((rank, world))
-        return training(size, order, rank, world)
+        return training(size, order, rank, world, first)
 
     monkeypatch.setattr(digits, "training", recorded)
     fitted(digits, RECIPE, worker=(1, 2))
@@ -238,7 +231,7 @@ def test_files_are_decoded_by_the_same_processes_in_every_epoch(image_folder, mo
     monkeypatch.setattr(batches._decoders, "_start", lambda: started.append(1) or start())
     network = nn.Sequential(nn.Conv2d(3, 2, 8), nn.BatchNorm2d(2), nn.Flatten())
     recipe = Training(epochs=3, batch_size=4, learning_rate=0.01)
-    list(fit(network, SGD(network, 0.9, 0), batches, recipe, seeded, PLAIN, checks_per_epoch=2))
+    list(fit(network, SGD(network, 0.9, 0), batches, recipe, (), PLAIN, checks_per_epoch=2))
     assert len(started) == 1
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from raytickets import checkpoint, cost, trajectory
+from raytickets import checkpoint, cost, train, trajectory
 from raytickets.config import Data, Network, Proof, Retraining, SearchSpace, StopRule, Training
 from raytickets.data import load_data
 from raytickets.journal import Journal
@@ -392,6 +392,43 @@ def test_a_trajectory_stopped_after_every_check_is_as_one_that_never_was(tmp_pat
     stopped_again_and_again(name, tmp_path, every=1)
 
 
+def dying(fit, parts, trained):
+    """`fit` that dies after it has trained one part more than these."""
+
+    def until_then(*given, **options):
+        for number, part in enumerate(fit(*given, **options), start=1):
+            trained.append(part[0])
+            if number > parts:
+                raise InterruptedError
+            yield part
+
+    return until_then
+
+
+@pytest.mark.parametrize("name", STOPPED)
+def test_a_trajectory_that_died_within_an_epoch_is_as_one_that_never_was(
+    tmp_path, name, monkeypatch
+):
+    monkeypatch.setattr(train, "PART", 1)
+    changes, how = STOPPED[name]
+    space = dataclasses.replace(SHORT, **changes)
+    dataset, trained, deaths = load_data(space.data), [], 0
+    monkeypatch.setattr(trajectory, "fit", dying(train.fit, 1000, trained))
+    whole = list(run_trajectory(setting_of(space, dataset, tmp_path / "a", how), Point(1e-3, 0)))
+    parts = len(trained)
+    setting, told = setting_of(space, dataset, tmp_path / "b", how), None
+    monkeypatch.setattr(checkpoint, "INTERVAL_S", 0)
+    monkeypatch.setattr(trajectory, "fit", dying(train.fit, 4, trained))
+    while told is None:
+        try:
+            told = list(run_trajectory(setting, Point(1e-3, 0)))
+        except InterruptedError:
+            deaths += 1
+    assert timeless(told) == timeless(whole)
+    assert deaths >= 2
+    assert len(trained) == 2 * parts + deaths  # Every death repeats a part.
+
+
 @pytest.fixture(scope="module")
 def few():
     return load_data(SHORT.data)
@@ -408,7 +445,8 @@ def test_going_on_trains_only_what_is_left(few, tmp_path, monkeypatch):
     setting = setting_of(SHORT, few, tmp_path)
     for lists in (3, 5, 7):
         stopped(setting, lists)
-    assert first == [0, 2, 4]
+    count = setting.batches.count(SHORT.training.batch_size)
+    assert first == [0, 2 * count, 4 * count]
     for changes in (
         {"proof": dataclasses.replace(SHORT.proof, budget=0.4)},
         {"network": Network("cifar_vgg", {"depth": 9, "width": 0.25})},

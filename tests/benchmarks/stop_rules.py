@@ -19,7 +19,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import get_args
@@ -35,7 +34,7 @@ from raytickets.earlybird import MaskWindow
 from raytickets.methods import penalty
 from raytickets.shrink import gammas, scorer, shrink
 from raytickets.spaces import load_space
-from raytickets.train import SGD, accuracy, fit, seeded
+from raytickets.train import SGD, accuracy, check_steps, fit, seeded
 from raytickets.trajectory import dense_network, prepare
 
 RULES: tuple[Rule, ...] = get_args(Rule)
@@ -95,13 +94,17 @@ def record(setting: Setting, seed: int) -> list[Look]:
         SGD(network, recipe.momentum, recipe.weight_decay),
         setting.batches,
         recipe,
-        lambda epoch: seeded("trajectory", seed, epoch),
+        ("trajectory", seed),
         setting.numerics,
         penalty=penalty(space),
         checks_per_epoch=space.stop_rule.checks_per_epoch,
     )
+    count = setting.batches.count(recipe.batch_size)
+    ends = check_steps(count, space.stop_rule.checks_per_epoch)
     for steps, _ in done:
-        epoch = steps / setting.batches.count(recipe.batch_size)
+        epoch = steps / count
+        if (steps - 1) % count + 1 not in ends:
+            continue
         looks.append(Look(epoch, score(), gammas(network).cpu(), copy.deepcopy(network)))
     return looks
 
@@ -132,8 +135,7 @@ def retrain(setting: Setting, look: Look, ratio: float, seed: int) -> Retrained:
     mask, _ = cut_groups(setting, look.scores, ratio)
     network = shrink(look.network, setting.groups, mask)
     optimizer = SGD(network, recipe.momentum, recipe.weight_decay)
-    order = partial(seeded, "retrain", seed)
-    for _ in fit(network, optimizer, batches, recipe, order, setting.numerics):
+    for _ in fit(network, optimizer, batches, recipe, ("retrain", seed), setting.numerics):
         pass
     exact = setting.numerics.exact
     validation, test = (accuracy(network, batches, s, exact) for s in ("validation", "test"))

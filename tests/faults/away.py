@@ -1,10 +1,11 @@
-"""What a tracking server costs a sweep that is dead from the start, or takes 5 s for every call.
+"""What a tracking server that is dead, or takes 5 s for every call, costs a sweep's training.
 
     uv run python tests/faults/away.py --folder EMPTY
 
-The same sweep each time, and an `mlflow server` on SQLite: there, dead, or slow. It has one
-trajectory of fixed length, so that the server and the driver have a core of their own: with one on
-each of two cores a sweep would gain by a server that does nothing.
+One sweep, so that the machine's own drift hits all alike: its `mlflow server` on SQLite is there,
+dead or slow for a block of epochs at a time, in turns. It has one trajectory of fixed length, so
+that the server and the driver have a core of their own: with one on each of two cores a sweep would
+gain by a server that does nothing. In the end the server is there, and owed nothing.
 """
 
 import argparse
@@ -13,19 +14,18 @@ import os
 import subprocess
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from faulty_server import Proxy, Server
-from free_ports import free_ports
-from timing import HEADER, interleave, machine, ratio, row
+from timing import HEADER, machine, ratio, row
 
 SLOW_S = 5.0
+ORDER = ("there", "dead", "slow", "there", "slow", "dead")
 SPACE = """
 from raytickets.config import *
 
@@ -43,78 +43,70 @@ def space():
 """
 
 
-def sweep(folder: Path, uri: str, epochs: int) -> tuple[float, float, int]:
-    """Seconds from the trajectory's first check to its last, those of the command, its exit code.
+def switch(proxy: Proxy, state: str) -> None:
+    proxy.dead = state == "dead"
+    proxy.delay = SLOW_S if state == "slow" else 0.0
 
-    The seconds of a check are told by the worker, who trains on once the driver asks it to.
-    """
-    folder.mkdir(parents=True)
-    (folder / "space.py").write_text(SPACE.format(epochs=epochs))
-    words = ["search", "space.py", "--name", "it", "--tracking-uri", uri]
-    began = time.monotonic()
-    ended = subprocess.run(
-        [Path(sys.executable).parent / "raytickets", *words],
-        cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=1200,
-    )
-    seconds = time.monotonic() - began
-    lines = (folder / "sweeps/it/journal.jsonl").read_text().splitlines()
-    checks = [event for event in map(json.loads, lines) if event["event"] == "check"]
-    # 3 says that MLflow is owed events.
-    assert ended.returncode in (0, 3), ended.stdout + ended.stderr
-    assert len(checks) == epochs, f"{len(checks)} checks"
-    return checks[-1]["seconds"] - checks[0]["seconds"], seconds, ended.returncode
+
+def checked(folder: Path) -> list[float]:
+    """Seconds at which each epoch was over, as the worker tells them."""
+    journal = folder / "sweeps/it/journal.jsonl"
+    lines = journal.read_text().splitlines() if journal.exists() else []
+    events = map(json.loads, lines[:-1])  # The last one may not be whole.
+    return [event["seconds"] for event in events if event["event"] == "check"]
+
+
+def sweep(folder: Path, proxy: Proxy, states: Sequence[str], block: int) -> list[float]:
+    """Seconds at which each epoch was over; the server's state changes after each block of them."""
+    (folder / "space.py").write_text(SPACE.format(epochs=len(states) * block))
+    words = ["search", "space.py", "--name", "it", "--tracking-uri", proxy.address]
+    with (folder / "output.txt").open("w") as output:
+        command = subprocess.Popen(
+            [Path(sys.executable).parent / "raytickets", *words],
+            cwd=folder,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=output,
+            stderr=output,
+        )
+        while command.poll() is None:
+            over = len(checked(folder)) // block
+            switch(proxy, (*states, "there")[min(over, len(states))])
+            time.sleep(0.5)
+    assert command.returncode == 0, (folder / "output.txt").read_text()[-2000:]
+    return checked(folder)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--folder", type=Path, required=True, help="an empty one to work in")
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--epochs", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=20, help="blocks of epochs in each state")
+    parser.add_argument("--block", type=int, default=15, help="epochs; three more lead over to it")
     given = parser.parse_args()
     root = given.folder.resolve()
     root.mkdir(exist_ok=True)
     server = Server(root)
     server.start()
-    slow = Proxy(server.address, delay=SLOW_S)
-    addresses = {
-        "there": server.address,
-        "dead": f"http://127.0.0.1:{free_ports(1)[0]}",
-        "slow": slow.address,
-    }
-    commands: dict[str, list[float]] = {name: [] for name in addresses}
-    codes: dict[str, Counter[int]] = {name: Counter() for name in addresses}
-
-    def one(name: str) -> float:
-        folder = root / f"{name}-{len(commands[name])}"
-        training, command, code = sweep(folder, addresses[name], given.epochs)
-        commands[name].append(command)
-        codes[name][code] += 1
-        print(f"{name}: training {training:.2f} s, command {command:.1f} s", file=sys.stderr)
-        return training
-
-    functions: dict[str, Callable[[], float]] = {name: partial(one, name) for name in addresses}
+    proxy = Proxy(server.address)
+    block = given.block + 3
+    states = (ORDER * given.rounds)[: 3 * given.rounds]
     try:
-        training = interleave(functions, given.runs, warm_up=False)
+        over = sweep(root, proxy, states, block)
     finally:
-        slow.close()
+        proxy.close()
         server.kill()
+    assert len(over) == len(states) * block, len(over)
+    epochs = [0.0, *(after - before for before, after in pairwise(over))]
+    seconds: dict[str, list[float]] = {state: [] for state in ORDER[:3]}
+    for place, state in enumerate(states):
+        seconds[state].append(median(epochs[place * block + 3 : (place + 1) * block]))
     print(HEADER)
-    for name, what in (("dead", "dead from the start"), ("slow", f"{SLOW_S:g} s for every call")):
-        for figure, goal, seconds in (
-            ("first check to last", "<= 1 %", training),
-            ("whole command", "", commands),
-        ):
-            between = ratio(seconds[name], seconds["there"])
-            more = [100 * (share - 1) for share in (between.value, between.low, between.high)]
-            measured = f"{more[0]:+.2f} % ({more[1]:+.2f} to {more[2]:+.2f})"
-            note = f"{median(seconds[name]):.1f} s, with MLflow {median(seconds['there']):.1f} s"
-            note += f"; exit codes {dict(codes[name])}"
-            print(row(f"MLflow {what}: {figure}, slower by", goal, measured, given.runs, note))
-    print(f"\n{slow.calls.total()} calls were slow; exit codes with MLflow {dict(codes['there'])}")
+    for state, what in (("dead", "dead"), ("slow", f"{SLOW_S:g} s for every call")):
+        between = ratio(seconds[state], seconds["there"])
+        more = [100 * (share - 1) for share in (between.value, between.low, between.high)]
+        measured = f"{more[0]:+.2f} % ({more[1]:+.2f} to {more[2]:+.2f})"
+        note = f"median of {given.block} epochs of {median(seconds[state]):.3f} s, in turns"
+        print(row(f"MLflow {what}: an epoch is slower by", "<= 1 %", measured, given.rounds, note))
+    print(f"\n{dict(proxy.calls.most_common(3))}, {proxy.refused} refused; all was delivered")
     print(machine("ray", "mlflow"))
 
 
