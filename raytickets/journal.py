@@ -100,6 +100,8 @@ class Journal:
             return False
         line = _line(event)
         try:
+            # An interruption may have left a line here that was never told to anyone.
+            self._file.truncate(self._size)
             self._file.seek(self._size)
             written = 0
             while written < len(line):

@@ -175,6 +175,23 @@ def test_a_disk_that_is_full_is_named_and_leaves_the_journal_whole(
     assert read_journal(tmp_path) == EVENTS[:2]
 
 
+def test_what_is_appended_after_an_interruption_takes_the_place_of_the_line_that_it_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    journal = Journal(tmp_path)
+    journal.append(EVENTS[0])
+
+    def interrupt(_: int) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            journal.append(EVENTS[1])
+    journal.append({"event": "end"})  # a shorter line
+    assert read_journal(tmp_path) == [EVENTS[0], {"event": "end"}]
+
+
 def test_a_journal_at_an_address_is_uploaded_now_and_then_and_at_its_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
