@@ -45,11 +45,15 @@ class Batches:
         self._shift = shift.repeat(dataset.shape.size).to(device)
 
     def evaluation(
-        self, split: str, size: int = EVALUATION_BATCH
+        self, split: str, size: int = EVALUATION_BATCH, rank: int = 0, world: int = 1
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every image of a split once, in order."""
-        labels = self._labels[split]
-        pixels = self._pixels(split, torch.arange(len(labels)), size)
+        """Every image of a split once, in order; `world` workers take the batches in turn."""
+        batches = torch.arange(len(self._labels[split])).split(size)[rank::world]
+        if not batches:
+            return
+        places = torch.cat(batches)
+        labels = self._labels[split][places.to(self.device)]
+        pixels = self._pixels(split, places, size)
         for images, truth in zip(pixels, labels.split(size), strict=True):
             yield self._normalise(images), truth
 

@@ -347,17 +347,19 @@ def _retrain_one(space: SearchSpace, job: Job, dataset: DataSet, sweep: Path, qu
             if not math.isfinite(mean):
                 raise FloatingPointError(f"{job.run} diverged in epoch {epoch}")
             losses.zero_()
+            for buffer in network.buffers():
+                _from_first_worker(buffer, world)  # BatchNorm's averages are of its own images.
+            event = epoch_event(job.run, epoch, mean, network, batches, recipe, how, ours)
             if rank == 0:
-                event = epoch_event(job.run, epoch, mean, network, batches, recipe, how)
                 events.append(event | {"num_workers": world})
                 if _best(events) == events[-1]:
                     best = _copied(network.state_dict())
                 save()
                 writer.wait()
                 queue.put(events[-1])
+        took = time.monotonic() - started
+        event = retrained_event(job.run, took, network, macs, batches, recipe, how, ours)
         if rank == 0:
-            took = time.monotonic() - started
-            event = retrained_event(job.run, took, network, macs, batches, recipe, how, world)
             top = _best(events)
             event |= {
                 "best_epoch": top["epoch"],

@@ -262,14 +262,24 @@ def _reseeded(
 
 
 @torch.no_grad()
-def accuracy(network: nn.Module, batches: Batches, split: str, numerics: Numerics) -> float:
-    """The share of a split's images that the network labels right."""
+def accuracy(
+    network: nn.Module,
+    batches: Batches,
+    split: str,
+    numerics: Numerics,
+    worker: tuple[int, int] = (0, 1),
+) -> float:
+    """The share of a split's images that the network labels right.
+
+    `worker` is which of how many this one is: each takes a part of the images, and all must call.
+    """
     network.eval()
-    right = [
-        (numerics.logits(network, images).argmax(1) == labels)
-        for images, labels in batches.evaluation(split)
-    ]
-    return torch.cat(right).double().mean().item()
+    right = torch.zeros((), dtype=torch.int64, device=numerics.device)
+    for images, labels in batches.evaluation(split, rank=worker[0], world=worker[1]):
+        right += (numerics.logits(network, images).argmax(1) == labels).sum()
+    if worker[1] > 1:
+        torch.distributed.all_reduce(right)
+    return right.item() / len(getattr(batches.dataset, split).labels)
 
 
 def epoch_event(
@@ -280,14 +290,15 @@ def epoch_event(
     batches: Batches,
     recipe: Training,
     numerics: Numerics,
+    worker: tuple[int, int] = (0, 1),
 ) -> Event:
-    """What is told of a retraining after `epoch` epochs."""
+    """What is told of a retraining after `epoch` epochs; `worker` is as for `accuracy`."""
     return {
         "event": "epoch",
         "run": run,
         "epoch": epoch,
         "loss": loss,
-        "validation_accuracy": accuracy(network, batches, "validation", numerics),
+        "validation_accuracy": accuracy(network, batches, "validation", numerics, worker),
         "learning_rate": learning_rate(recipe, epoch - 1),
     }
 
@@ -300,9 +311,12 @@ def retrained_event(
     batches: Batches,
     recipe: Training,
     numerics: Numerics,
-    num_workers: int = 1,
+    worker: tuple[int, int] = (0, 1),
 ) -> Event:
-    """What is told of a whole retraining, which took so long; the one look at test images."""
+    """What is told of a whole retraining, which took so long; the one look at test images.
+
+    `worker` is as for `accuracy`.
+    """
     samples = recipe.epochs * batches.count(recipe.batch_size) * recipe.batch_size
     return {
         "event": "retrained",
@@ -311,9 +325,9 @@ def retrained_event(
         "macs": macs,
         "params": cost.params(network),
         "epochs": recipe.epochs,
-        "validation_accuracy": accuracy(network, batches, "validation", numerics.exact),
-        "test_accuracy": accuracy(network, batches, "test", numerics.exact),
+        "validation_accuracy": accuracy(network, batches, "validation", numerics.exact, worker),
+        "test_accuracy": accuracy(network, batches, "test", numerics.exact, worker),
         "train_macs": cost.training_macs(macs, samples),
         "seconds": seconds,
-        "num_workers": num_workers,
+        "num_workers": worker[1],
     }

@@ -115,6 +115,18 @@ def test_evaluation_has_every_image_in_order():
     assert torch.cat(labels).tolist() == list(range(21))
 
 
+def test_workers_evaluate_the_batches_in_turn():
+    batches = Batches(one_image_set(np.zeros((21, 1, 1, 1), np.uint8)), Data("digits"))
+    shares = [list(batches.evaluation("test", 8, rank, 5)) for rank in range(5)]
+    assert [[labels.tolist() for _, labels in share] for share in shares] == [
+        [list(range(8))],
+        [list(range(8, 16))],
+        [list(range(16, 21))],
+        [],
+        [],
+    ]
+
+
 def test_images_are_normalised_by_the_training_split_with_channels_innermost(image_folder):
     data = Data("folder", str(image_folder({"a": 30, "b": 30})), crop_padding=1, flip=True)
     batches = Batches(load_data(data), data)
@@ -233,7 +245,9 @@ def test_a_stream_gives_the_batches_of_memory_bit_by_bit(both, limit):
             ours, theirs = (b.training(8, seeded(epoch), rank, 2) for b in (memory, stream))
             assert_equal(ours, theirs)
         for split in ("train", "validation", "test"):
-            assert_equal(memory.evaluation(split, 7), stream.evaluation(split, 7))
+            for worker in ((0, 1), (0, 2), (1, 2), (99, 100)):
+                ours, theirs = (b.evaluation(split, 7, *worker) for b in (memory, stream))
+                assert_equal(ours, theirs)
 
 
 def test_a_stream_is_evaluated_in_the_middle_of_an_epoch_and_of_another(both):

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import raytickets.driver  # noqa: F401 - it sets what Ray reads when it is imported
+from raytickets.batches import Batches
 from raytickets.config import Data, InputError, Network, Retraining, SearchSpace, Training
 from raytickets.data import load_data
 from raytickets.models import build_network
@@ -22,6 +23,7 @@ from raytickets.retrain import DENSE, RETRIES, Job, _Told, retrain, weigh, worke
 from raytickets.shrink import channel_groups, shrink
 from raytickets.sweep import select
 from raytickets.ticket import group_masks, load_ticket, save_ticket
+from raytickets.train import accuracy, numerics
 
 SPACE = SearchSpace(
     name="tiny",
@@ -340,6 +342,25 @@ def test_two_workers_with_uneven_shares_train_as_one(tmp_path):
         losses.append([event["loss"] for event in events[:-1]])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert losses[0][0] > 1.1 * losses[0][-1]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_instance")
+def test_two_workers_share_the_evaluation_and_tell_of_the_whole(tmp_path):
+    import ray
+
+    images = Data("digits", validation=0.4, test=0.3)  # Two batches of evaluation each.
+    space = dataclasses.replace(SPACE, data=images, precision="float32")
+    dataset, events = load_data(images), []
+    ticket = ticket_of(space, dataset, tmp_path)
+    retrain(space, [Job(ticket.id, ticket.path)], ray.put(dataset), tmp_path, 2, events.append)
+    done = events[-1]
+    network = load_ticket(tmp_path / done["path"]).network()
+    how, alone = numerics("float32", True, network), Batches(dataset, images)
+    how.place(network)
+    for split in ("validation", "test"):
+        assert done[f"{split}_accuracy"] == accuracy(network, alone, split, how)
+    assert done["validation_accuracy"] == events[-2]["validation_accuracy"]
 
 
 RESIZED = """

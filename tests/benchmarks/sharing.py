@@ -39,28 +39,11 @@ def tickets(space: SearchSpace, dataset, folder: Path) -> tuple[list[Event], dic
     return events, found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cifar", required=True)
-    parser.add_argument("--limit", type=int, default=1280)
-    parser.add_argument("--runs", type=int, default=5)
-    parsed = parser.parse_args()
-    torch.set_num_threads(1)
-    space = SearchSpace(
-        name="sharing",
-        network=Network("cifar_vgg", {"depth": 16, "width": 0.125}),
-        data=Data("folder", parsed.cifar, limit=parsed.limit, crop_padding=4, flip=True),
-        penalties=(1e-3,),
-        prune_ratios=RATIOS,
-        training=Training(epochs=30, learning_rate=0.05),
-        proof=Proof(budget=1e-9),
-        retraining=Retraining(epochs=1),
-        stop_rule=StopRule("paper"),
-        round_to=1,
-        precision="float32",
-    )
+def measure(space: SearchSpace, title: str, runs: int) -> None:
     dataset = load_data(space.data)
     stops: dict[float, int] = {}
+    together: dict = {}
+    apart: dict = {}
 
     def shared() -> float:
         with tempfile.TemporaryDirectory() as folder:
@@ -84,24 +67,42 @@ def main() -> None:
             apart.update(found)
         return seconds
 
-    together: dict = {}
-    apart: dict = {}
-    seconds = interleave({"shared": shared, "alone": alone}, parsed.runs, warm_up=False)
+    seconds = interleave({"shared": shared, "alone": alone}, runs, warm_up=False)
     if together != apart or not together:
         raise SystemExit("the tickets of shared and independent trajectories differ")
     possible = sum(stops.values()) / max(stops.values())
     saved = ratio(seconds["alone"], seconds["shared"])
     drawn = f"{len(together)} of {len(RATIOS)} ratios drew, tickets bit-identical"
     note = f"{saved} of the possible {possible:.2f} times; {drawn}"
+    title = f"sharing, {title}: saving over the possible K x mean/max"
+    print(row(title, ">= 0.95", f"{saved.value / possible:.3f}", saved.n, note), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cifar", required=True)
+    parser.add_argument("--limit", type=int, default=1280)
+    parser.add_argument("--runs", type=int, default=5)
+    parsed = parser.parse_args()
+    torch.set_num_threads(1)
+    space = SearchSpace(
+        name="sharing",
+        network=Network("cifar_vgg", {"depth": 16, "width": 0.125}),
+        data=Data("folder", parsed.cifar, limit=parsed.limit, crop_padding=4, flip=True),
+        penalties=(1e-3,),
+        prune_ratios=RATIOS,
+        training=Training(epochs=30, learning_rate=0.05),
+        proof=Proof(budget=1e-9),
+        retraining=Retraining(epochs=1),
+        stop_rule=StopRule("paper"),
+        round_to=1,
+        precision="float32",
+    )
+    network, data = Network("cifar_resnet", {"depth": 20}), Data("digits", crop_padding=1)
     print(HEADER)
-    print(
-        row(
-            "sharing: saving over the possible K x mean/max",
-            ">= 0.95",
-            f"{saved.value / possible:.3f}",
-            saved.n,
-            note,
-        )
+    measure(space, f"VGG16/8, {parsed.limit:,} images", parsed.runs)
+    measure(
+        dataclasses.replace(space, network=network, data=data), "ResNet-20, digits", parsed.runs
     )
     print("\n" + machine())
 

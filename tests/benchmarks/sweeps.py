@@ -3,14 +3,16 @@
     uv run python tests/benchmarks/sweeps.py --cifar FOLDER
 
 `grid`: 8 prune ratios x 2 penalties on VGG16 at 1/8 width under the published rule, from the start
-of the command until every ticket is drawn and proved, against rival A. `floor`: six trajectories of
-a fixed number of epochs against rival C in two processes, which does the same training, validation
-included, and nothing else; once as a whole, and once from the first check to the last, which leaves
-out the start of Python, Ray and workers.
+of the command until every ticket is drawn and proved, against rival A. `digits`: the same on
+ResNet-20 and 1,000 of scikit-learn's digits, which are too small for VGG16's five poolings.
+`floor`: six trajectories of a fixed number of epochs against rival C in two processes, which does
+the same training, validation included, and nothing else; once as a whole, and once from the first
+check to the last, which leaves out the start of Python, Ray and workers.
 """
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import subprocess
 import sys
@@ -31,7 +33,8 @@ from raytickets.config import (
 )
 
 HERE = Path(__file__).parent
-OPTIONS = {"depth": 16, "width": 0.125}
+VGG16_8 = Network("cifar_vgg", {"depth": 16, "width": 0.125})
+RESNET20 = Network("cifar_resnet", {"depth": 20})
 PENALTIES = (1e-4, 1e-3)
 RATIOS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 RATE = 0.05
@@ -41,15 +44,20 @@ class _Over(Exception):
     pass
 
 
-def space(folder: str, limit: int, epochs: int, **fields) -> SearchSpace:
-    train = len(list((Path(folder) / "train").rglob("*.*")))
+def space(data: str, limit: int, epochs: int, **fields) -> SearchSpace:
+    """`data` is `digits` or a folder; as many validation images as a rival gets."""
+    if data == "digits":
+        network, images = RESNET20, Data("digits", limit=limit, validation=limit / 10 / 1797)
+        images = dataclasses.replace(images, crop_padding=1)
+    else:
+        train = len(list((Path(data) / "train").rglob("*.*")))
+        share = limit / 10 / train
+        network = VGG16_8
+        images = Data("folder", data, limit=limit, validation=share, crop_padding=4, flip=True)
     given = {
         "name": "benchmark",
-        "network": Network("cifar_vgg", OPTIONS),
-        # As many validation images as rival A gets, a tenth of the training images.
-        "data": Data(
-            "folder", folder, limit=limit, validation=limit / 10 / train, crop_padding=4, flip=True
-        ),
+        "network": network,
+        "data": images,
         "penalties": PENALTIES,
         "prune_ratios": RATIOS,
         "training": Training(epochs=epochs, learning_rate=RATE),
@@ -77,7 +85,7 @@ def run_ours(parsed: argparse.Namespace) -> None:
     fields = json.loads(parsed.fields)
     if "floor" in fields:
         chosen = space(
-            parsed.cifar,
+            parsed.data,
             parsed.limit,
             fields["floor"],
             penalties=tuple(fields["penalties"]),
@@ -85,14 +93,14 @@ def run_ours(parsed: argparse.Namespace) -> None:
             stop_rule=StopRule(threshold=1e-9),
         )
     else:
-        chosen = space(parsed.cifar, parsed.limit, parsed.epochs, proof=Proof(budget=0.25))
+        chosen = space(parsed.data, parsed.limit, parsed.epochs, proof=Proof(budget=0.25))
     with contextlib.suppress(SweepFailed):  # by what `observe` raises
         search(chosen, name="ours", storage=Path.cwd(), observer=observe)
 
 
 def ours(parsed: argparse.Namespace, **fields) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, __file__, "--cifar", parsed.cifar]
+        command = [sys.executable, __file__, "--cifar", parsed.data]
         command += ["--limit", str(parsed.limit), "--epochs", str(parsed.epochs)]
         command += ["--fields", json.dumps(fields)]
         done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True, check=False)
@@ -101,14 +109,16 @@ def ours(parsed: argparse.Namespace, **fields) -> dict[str, float]:
 
 def rival(script: str, parsed: argparse.Namespace, *words: str) -> dict:
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(HERE / script), parsed.cifar, "--options"]
-        command += [json.dumps(OPTIONS), "--limit", str(parsed.limit), "--validation"]
-        command += [str(parsed.limit // 10), "--learning-rate", str(RATE), "--out", folder, *words]
+        command = [sys.executable, str(HERE / script), parsed.data, "--limit", str(parsed.limit)]
+        command += ["--validation", str(parsed.limit // 10), "--learning-rate", str(RATE)]
+        network = RESNET20 if parsed.data == "digits" else VGG16_8
+        command += ["--network", network.name, "--options", json.dumps(network.options)]
+        command += ["--out", folder, *words]
         done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def grid(parsed: argparse.Namespace) -> None:
+def _grid(parsed: argparse.Namespace, title: str, goal: str) -> None:
     words = ["--penalties", *map(str, PENALTIES), "--ratios", *map(str, RATIOS)]
     words += ["--epochs", str(parsed.epochs)]
 
@@ -119,8 +129,19 @@ def grid(parsed: argparse.Namespace) -> None:
     seconds = interleave(functions, parsed.runs, warm_up=False)
     times = ratio(seconds["theirs"], seconds["ours"])
     note = f"ours {min(seconds['ours']):.0f} to {max(seconds['ours']):.0f} s, proofs included"
-    title = f"grid of 8 ratios x 2 penalties, {parsed.limit:,} images: A against ours"
-    print(row(title, ">= 10", times, times.n, note), flush=True)
+    title = (
+        f"grid of 8 ratios x 2 penalties, {title}, budget {parsed.epochs} epochs: A against ours"
+    )
+    print(row(title, goal, times, times.n, note), flush=True)
+
+
+def grid(parsed: argparse.Namespace) -> None:
+    _grid(parsed, f"VGG16/8, {parsed.limit:,} images", ">= 10")
+
+
+def digits(parsed: argparse.Namespace) -> None:
+    parsed = argparse.Namespace(**vars(parsed) | {"data": "digits", "limit": 1000})
+    _grid(parsed, "ResNet-20, 1,000 digits", "")
 
 
 def floor(parsed: argparse.Namespace) -> None:
@@ -155,10 +176,10 @@ def floor(parsed: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("figures", nargs="*", default=["grid", "floor"])
-    parser.add_argument("--cifar", required=True)
+    parser.add_argument("figures", nargs="*", default=["grid", "digits", "floor"])
+    parser.add_argument("--cifar", dest="data", required=True)
     parser.add_argument("--limit", type=int, default=10_000)
-    parser.add_argument("--epochs", type=int, default=40, help="budget of the grid's trajectories")
+    parser.add_argument("--epochs", type=int, default=12, help="budget of the grid's trajectories")
     parser.add_argument("--floor", type=int, default=8, help="epochs of the floor's trajectories")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--fields", help=argparse.SUPPRESS)
@@ -168,7 +189,7 @@ def main() -> None:
     started = time.monotonic()
     print(HEADER)
     for figure in parsed.figures:
-        {"grid": grid, "floor": floor}[figure](parsed)
+        {"grid": grid, "digits": digits, "floor": floor}[figure](parsed)
     print("\n" + machine("ray"), f"after {time.monotonic() - started:.0f} s")
     return None
 

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,9 @@ def interleave(
     measured: dict[str, list[float]] = {name: [] for name in functions}
     for run in range(runs):
         for name in list(functions)[:: -1 if run % 2 else 1]:
-            measured[name].append(functions[name]())
+            measured[name].append(figure := functions[name]())
+            if figure > 5:
+                print(f"round {run + 1} of {runs}, {name}: {figure:.1f} s", file=sys.stderr)
     return measured
 
 
