@@ -455,7 +455,7 @@ def test_a_dead_server_neither_blocks_nor_fails_the_sweep(tmp_path: Path):
     for event in events:
         started = time.monotonic()
         tracker.write(event)
-        assert time.monotonic() - started < 0.05
+        assert time.monotonic() - started < 0.5
     started = time.monotonic()
     owed = tracker.close()
     assert time.monotonic() - started < 10

@@ -81,7 +81,7 @@ def measure(space: SearchSpace, title: str, runs: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cifar", required=True)
-    parser.add_argument("--limit", type=int, default=1280)
+    parser.add_argument("--limit", type=int, default=640)
     parser.add_argument("--runs", type=int, default=5)
     parsed = parser.parse_args()
     torch.set_num_threads(1)
