@@ -12,7 +12,6 @@ check to the last, which leaves out the start of Python, Ray and workers.
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import subprocess
 import sys
@@ -47,12 +46,10 @@ class _Over(Exception):
 def space(data: str, limit: int, epochs: int, **fields) -> SearchSpace:
     """`data` is `digits` or a folder; as many validation images as a rival gets."""
     if data == "digits":
-        network, images = RESNET20, Data("digits", limit=limit, validation=limit / 10 / 1797)
-        images = dataclasses.replace(images, crop_padding=1)
+        network, share = RESNET20, limit / 10 / 1797
+        images = Data("digits", limit=limit, validation=share, crop_padding=1)
     else:
-        train = len(list((Path(data) / "train").rglob("*.*")))
-        share = limit / 10 / train
-        network = VGG16_8
+        network, share = VGG16_8, limit / 10 / len(list((Path(data) / "train").rglob("*.*")))
         images = Data("folder", data, limit=limit, validation=share, crop_padding=4, flip=True)
     given = {
         "name": "benchmark",
