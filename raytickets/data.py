@@ -158,9 +158,15 @@ def _square(image: Image.Image) -> int:
     return image.width
 
 
+_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+"""Where a container finds how much memory it may take, in bytes."""
+
+
 def physical_memory() -> int:
-    """This machine's memory in bytes."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """This machine's memory in bytes, or what a container may take of it."""
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    told = [Path(path).read_text().strip() for path in _LIMITS if Path(path).exists()]
+    return min([machine, *(int(limit) for limit in told if limit.isdigit())])
 
 
 def _streams(data: Data, count: int, size: int) -> bool:

@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import re
 import tempfile
 import time
 from collections.abc import Mapping
@@ -25,13 +26,14 @@ from raytickets.config import InputError
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 """Files with these endings are images, as in torchvision's ImageFolder."""
 
-HELD_OUT = ("validation", "val", "test")
-"""Names of the splits beside `train`; `val` is `validation`."""
+_VALIDATION = ("validation", "val", "valid")
+HELD_OUT = (*_VALIDATION, "test")
+"""Names of the splits beside `train`; `val` and `valid` are `validation`."""
 
 _Split = TypeVar("_Split")
 
 _TASK = 64  # images that one task of a thread decodes
-_CACHE_FORMAT = 1
+_CACHE_FORMAT = 2
 _DIGEST = hashlib.sha256().digest_size
 
 
@@ -167,11 +169,11 @@ class ImageFolder:
 
 
 def list_folder(path: str | None) -> ImageFolder:
-    """Read the file names of `train/<class>/*` (and `validation/` or `val/`, `test/`) or plain
-    `<class>/*`.
+    """Read the file names of `train/<class>/*` (and `validation/`, `val/` or `valid/`, `test/`) or
+    plain `<class>/*`.
 
     Raises InputError if there is no such folder, a class folder holds no image, there are fewer
-    than two classes, or the splits differ in their classes.
+    than two classes, the splits differ in their classes, or classes seem to be splits.
     """
     root = Path(str(path)).expanduser()
     if not root.is_dir():
@@ -179,6 +181,8 @@ def list_folder(path: str | None) -> ImageFolder:
         raise InputError("data.path", path, allowed)
     folders = {name: root / name for name in ("train", *HELD_OUT)}
     folders = {name: folder for name, folder in folders.items() if folder.is_dir()}
+    if "train" not in folders:
+        _check_no_splits(root)
     folders = held_out(folders, path) if "train" in folders else {"train": root}
     classes, paths, labels, splits = None, [], [], {}
     for name, folder in folders.items():
@@ -195,16 +199,30 @@ def list_folder(path: str | None) -> ImageFolder:
 def held_out(splits: Mapping[str, _Split], path: str | None) -> dict[str, _Split]:
     """The splits under their names here: `val` is validation, and the test split if there is none.
 
-    Raises InputError if both `val` and `validation` are there.
+    Raises InputError if validation is there under two names.
     """
     named = dict(splits)
-    if "val" in named:
-        if "validation" in named:
-            raise InputError("data.path", path, "must have one of val and validation, not both")
-        named["validation"] = named.pop("val")
+    if found := [name for name in _VALIDATION if name in named]:
+        if len(found) > 1:
+            raise InputError("data.path", path, f"must have one of {' and '.join(found)}, not both")
+        named["validation"] = named.pop(found[0])
     if "test" not in named and "validation" in named:
         named["test"] = named.pop("validation")
     return named
+
+
+def _check_no_splits(root: Path) -> None:
+    """InputError if folders that would be classes are two splits, like seg_train and seg_test."""
+    found: dict[str, dict[str, str]] = {}
+    for name in sorted(child.name for child in root.iterdir() if child.is_dir()):
+        kinds = {"train": "train(ing)?", "test": "test(ing)?|val(id(ation)?)?"}
+        for kind, words in kinds.items():
+            if match := re.fullmatch(f"(.*?)({words})", name.lower()):
+                found.setdefault(match[1], {})[kind] = name
+    for splits in found.values():
+        if len(splits) == 2:
+            allowed = f"holds {splits['train']} and {splits['test']}, to be called train and test"
+            raise InputError("data.path", str(root), allowed)
 
 
 def _list_classes(folder: Path, classes: tuple[str, ...] | None) -> dict[str, list[str]]:
@@ -232,9 +250,21 @@ def _list_classes(folder: Path, classes: tuple[str, ...] | None) -> dict[str, li
 def open_image(path: Path) -> Image.Image:
     """The image in RGB; InputError that names the file if it cannot be read."""
     try:
-        return Image.open(path).convert("RGB")
+        return in_rgb(Image.open(path))
     except Exception as error:  # Pillow's decoders raise many kinds on damaged files.
         raise _unreadable(path, error) from error
+
+
+def in_rgb(image: Image.Image) -> Image.Image:
+    """The image in RGB, as torchvision reads it; ValueError if its pixels have no known range.
+
+    But 16 bits of grey become 8, where Pillow would make white of all but the darkest.
+    """
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels of Pillow's mode {image.mode} have no known range")
+    return image.convert("RGB")
 
 
 def _unreadable(path: Path, error: Exception) -> InputError:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from raytickets.config import Data, InputError
-from raytickets.folder import HELD_OUT, fit, held_out
+from raytickets.folder import HELD_OUT, fit, held_out, in_rgb
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -24,6 +24,7 @@ _CHUNK = 1024  # images whose bytes are read at a time
 class Table:
     """The rows of all splits, one split after the other, with their images still encoded."""
 
+    path: str
     rows: "Dataset"
     """Has the columns `image`, a dict of bytes and path, and `label`."""
     labels: np.ndarray
@@ -33,15 +34,15 @@ class Table:
 
     def first(self) -> Image.Image:
         """The first training image."""
-        return _open(0, self.rows[0]["image"])
+        return self._open(0, self.rows[0]["image"])
 
     def pixels(self, places: np.ndarray, size: int, resize: bool) -> np.ndarray:
         """Decode these images, uint8 [n, size, size, 3]; InputError names one that cannot be."""
         images = np.empty((len(places), size, size, 3), np.uint8)
 
-        def decode(at: int, image: Mapping[str, Any]) -> None:
+        def decode(at: int, image: Mapping[str, Any] | None) -> None:
             place = places[at]
-            images[at] = np.asarray(fit(_open(place, image), size, resize, f"row {place}"))
+            images[at] = np.asarray(fit(self._open(place, image), size, resize, f"row {place}"))
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for start in range(0, len(places), _CHUNK):
@@ -49,15 +50,15 @@ class Table:
                 list(pool.map(decode, range(start, start + len(chunk)), chunk))
         return images
 
-
-def _open(place: int, image: Mapping[str, Any]) -> Image.Image:
-    try:
-        return Image.open(io.BytesIO(image["bytes"]) if image["bytes"] else image["path"]).convert(
-            "RGB"
-        )
-    except Exception as error:  # Pillow's decoders raise many kinds on damaged files.
-        allowed = f"has no readable image in row {place} ({error})"
-        raise InputError("data.path", image["path"], allowed) from error
+    def _open(self, place: int, image: Mapping[str, Any] | None) -> Image.Image:
+        """The image in RGB, the right way up as the library itself decodes it."""
+        given = image or {"bytes": None, "path": None}
+        try:
+            found = Image.open(io.BytesIO(given["bytes"]) if given["bytes"] else given["path"])
+            return in_rgb(ImageOps.exif_transpose(found))
+        except Exception as error:  # Pillow's decoders raise many kinds on damaged files.
+            allowed = f"has no readable image in row {place} ({error})"
+            raise InputError("data.path", given["path"] or self.path, allowed) from error
 
 
 def open_table(data: Data) -> Table:
@@ -76,7 +77,7 @@ def open_table(data: Data) -> Table:
         if name in tables:
             part = _two_columns(tables[name], data, image, label)
             if classes is None:
-                classes = _classes(part)
+                classes = _classes(part, data)
             labels = _labels(part, data, classes)
             # The test images of some data sets have -1 in place of the labels that are kept secret.
             if name == "train" or not (labels == -1).all():
@@ -95,7 +96,7 @@ def open_table(data: Data) -> Table:
     if not len(splits["train"]) or (labels < 0).any():
         allowed = f"must have rows, and a class in the column {label} of every one"
         raise InputError("data.path", data.path, allowed)
-    return Table(rows, labels, classes, splits)
+    return Table(str(data.path), rows, labels, classes, splits)
 
 
 def _load(data: Data) -> "DatasetDict | dict[str, Dataset]":
@@ -148,21 +149,26 @@ def _two_columns(table: "Dataset", data: Data, image: str, label: str) -> "Datas
     return table.cast_column("image", datasets.Image(decode=False))
 
 
-def _classes(table: "Dataset") -> tuple[str, ...]:
+def _classes(table: "Dataset", data: Data) -> tuple[str, ...]:
     from datasets import ClassLabel
 
     kind = table.features["label"]
     if isinstance(kind, ClassLabel):
         return tuple(kind.names)
-    return tuple(map(str, sorted(set(table["label"][:]))))
+    values = table["label"][:]
+    if any(value is None or isinstance(value, list | dict) for value in values):
+        raise InputError("data.path", data.path, "must have one label in every row")
+    return tuple(map(str, sorted(set(values))))
 
 
 def _labels(table: "Dataset", data: Data, classes: tuple[str, ...]) -> np.ndarray:
     """Places among the classes, int64 [N], or -1 where there is none."""
     from datasets import ClassLabel
 
-    values = table["label"][:]
-    if isinstance(table.features["label"], ClassLabel):
+    values, kind = table["label"][:], table.features["label"]
+    if isinstance(kind, ClassLabel):
+        if tuple(kind.names) != classes:
+            raise InputError("data.path", data.path, "must have the same classes in every split")
         return np.array([-1 if value is None else value for value in values], np.int64)
     numbers = {name: number for number, name in enumerate(classes)}
     unknown = sorted({str(value) for value in values} - numbers.keys())

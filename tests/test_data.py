@@ -135,6 +135,19 @@ def many_pixels(image_folder, monkeypatch):
     return make
 
 
+@pytest.mark.parametrize(
+    ("limits", "memory"),
+    [(["4096"], 4096), (["max"], None), ([str(2**63 - 4096)], None), (["max", "8192"], 8192)],
+)
+def test_a_containers_memory_is_what_it_may_take(tmp_path, monkeypatch, limits, memory):
+    monkeypatch.setattr(data_module, "_LIMITS", ("/no/such/file",))
+    machine = data_module.physical_memory()
+    for place, limit in enumerate(limits):
+        (tmp_path / str(place)).write_text(f"{limit}\n")
+    monkeypatch.setattr(data_module, "_LIMITS", [str(path) for path in tmp_path.iterdir()])
+    assert data_module.physical_memory() == (memory or machine)
+
+
 def test_auto_streams_over_a_quarter_of_the_memory(many_pixels):
     assert isinstance(load_data(many_pixels(4, "auto")).train, Images)
     assert isinstance(load_data(many_pixels(3.99, "auto")).train, Files)

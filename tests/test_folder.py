@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+from PIL import Image, ImageOps
 
 from raytickets import folder as folder_module
 from raytickets.config import InputError
@@ -70,7 +71,7 @@ def test_splits_that_are_there_are_told_apart(image_folder):
     ]
 
 
-@pytest.mark.parametrize("name", ["val", "validation"])
+@pytest.mark.parametrize("name", ["val", "valid", "validation"])
 def test_validation_is_the_test_split_where_there_is_no_other(image_folder, name):
     path = image_folder({"train/a": 3, "train/b": 2, f"{name}/a": 1, f"{name}/b": 1})
     found = list_folder(str(path))
@@ -84,8 +85,21 @@ def test_validation_is_the_test_split_where_there_is_no_other(image_folder, name
 def test_two_validation_folders_are_refused(image_folder):
     names = ("train", "val", "validation")
     path = image_folder({f"{name}/{label}": 1 for name in names for label in "ab"})
-    with pytest.raises(InputError, match=r"data\.path: .* one of val and validation"):
+    with pytest.raises(InputError, match=r"data\.path: .* one of validation and val, not both"):
         list_folder(str(path))
+
+
+@pytest.mark.parametrize("names", [("Training", "Testing"), ("seg_train", "seg_test")])
+def test_splits_by_other_names_are_no_classes(image_folder, names):
+    path = image_folder({f"{name}/{label}": 1 for name in names for label in "ab"})
+    with pytest.raises(InputError, match=f"{names[0]} and {names[1]}, .* called train and test"):
+        list_folder(str(path))
+
+
+def test_a_class_may_be_called_as_a_split_is(image_folder):
+    path = image_folder({"Train": 1, "bus": 1, "test_tube": 1, "train_station": 1})
+    (path / "test").write_text("no folder")
+    assert list_folder(str(path)).classes == ("Train", "bus", "test_tube", "train_station")
 
 
 SIZES = [(40, 30), (30, 40), (31, 31), (200, 9), (9, 200)]
@@ -145,8 +159,6 @@ def test_random_parts_are_distributed_as_torchvisions(size):
 
 
 def test_pixels_are_pillows(image_folder):
-    from PIL import Image, ImageOps
-
     path = image_folder({"a": 2, "b": 1}, size=(12, 9))
     images = [Image.open(path / name) for name in ("a/0.png", "a/1.png", "b/0.png")]
     files = files_of(path, size=6)
@@ -154,6 +166,21 @@ def test_pixels_are_pillows(image_folder):
     pixels = files.pixels(np.array([2, 0, 1]))
     assert pixels.dtype == np.uint8
     assert np.array_equal(pixels, np.stack(expected)[[2, 0, 1]])
+
+
+def test_sixteen_bits_of_grey_become_eight(image_folder):
+    path = image_folder({"a": 2, "b": 1})
+    grey = np.linspace(0, 65_535, 64).astype(np.uint16).reshape(8, 8)
+    Image.fromarray(grey).save(path / "a" / "0.png")
+    pixels = read_images(files_of(path))[0]
+    assert np.array_equal(pixels, np.repeat(grey[:, :, None] // 256, 3, 2))
+
+
+def test_pixels_without_a_known_range_are_refused(image_folder):
+    path = image_folder({"a": 2, "b": 1})
+    Image.fromarray(np.zeros((8, 8), np.float32)).save(path / "a" / "0.tiff")
+    with pytest.raises(InputError, match=r"a/0\.tiff.*mode F have no known range"):
+        read_images(files_of(path))
 
 
 @pytest.mark.parametrize(

@@ -174,6 +174,21 @@ def three_columns():
             {},
             r"data\.path: .* labels that train has not: c",
         ),
+        (
+            {"train": table(4, kind=datasets.Value("string"), labels=["a", None] * 2)},
+            {},
+            r"data\.path: .* one label in every row",
+        ),
+        (
+            {"train": table(2, kind=datasets.List(datasets.Value("int64")), labels=[[0], [1, 2]])},
+            {},
+            r"data\.path: .* one label in every row",
+        ),
+        (
+            {"train": table(20), "test": table(2, kind=datasets.ClassLabel(names=["a", "b"]))},
+            {},
+            r"data\.path: .* the same classes in every split",
+        ),
     ],
 )
 def test_what_holds_no_labelled_images_is_refused_in_one_line(saved, splits, options, said):
@@ -182,11 +197,27 @@ def test_what_holds_no_labelled_images_is_refused_in_one_line(saved, splits, opt
     assert "\n" not in str(error.value)
 
 
-def test_a_broken_image_is_named_by_its_row(saved):
+def test_images_stand_as_the_library_itself_shows_them(saved):
+    """Cameras store them sideways, and say so."""
+    image, exif = pictures(1)[0], Image.Exif()
+    exif[0x0112] = 6
+    buffer = io.BytesIO()
+    image.save(buffer, "png", exif=exif)
+    images = [{"bytes": buffer.getvalue(), "path": None}] * 20
+    features = datasets.Features({"image": datasets.Image(), "label": NAMES})
+    sideways = datasets.Dataset.from_dict({"image": images, "label": [0, 1] * 10}, features)
+    found = load_data(Data("huggingface", saved(train=sideways)))
+    shown = np.asarray(sideways[0]["image"].convert("RGB"))
+    assert not np.array_equal(shown, np.asarray(image))
+    assert all(np.array_equal(pixels, shown) for pixels in found.train.images)
+
+
+@pytest.mark.parametrize("image", [{"bytes": b"no image", "path": None}, None])
+def test_a_broken_image_is_named_by_its_row(saved, image):
     buffer = io.BytesIO()
     pictures(1)[0].save(buffer, "png")
     images = [{"bytes": buffer.getvalue(), "path": None}] * 20
-    images[7] = {"bytes": b"no image", "path": None}
+    images[7] = image
     features = datasets.Features({"image": datasets.Image(), "label": NAMES})
     broken = datasets.Dataset.from_dict({"image": images, "label": [0, 1] * 10}, features=features)
     with pytest.raises(InputError, match=r"^data\.path: .* no readable image in row 7"):
