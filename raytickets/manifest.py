@@ -3,10 +3,10 @@
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, get_args
 
-from raytickets.config import Method, Rule
+from raytickets.config import InputError, Method, Network, Rule
 
 SCHEMA = 1
 WEIGHTS = "ticket.safetensors"
@@ -36,10 +36,27 @@ def parse(text: bytes) -> dict[str, Any]:
     for group in manifest["groups"]:
         if len(group["mask"]) != len(group["cut"]):
             raise ValueError(f"mask and cut of group {group['name']} differ in length")
-    options, own_code = manifest["network"]["options"], ":" in manifest["network"]["name"]
-    if not own_code and _total(options) > _NUMBERS:
-        raise ValueError(f"the numbers in network.options add up to over {_NUMBERS}")
+    _check_size(manifest["network"]["name"], manifest["network"]["options"])
     return manifest
+
+
+def check_storable(network: Network, groups: Iterable[str]) -> None:
+    """InputError if no manifest may hold this network's options, or channel groups of these names.
+
+    So that it is known before anything is trained.
+    """
+    options = json.loads(json.dumps(network.options))
+    try:
+        _check(options, _OPTIONS, "network.options")
+        _check(list(groups), [_LAYER], "the name of a layer")
+        _check_size(network.name, options)
+    except ValueError as error:
+        raise InputError("network.name", network.name, f"no ticket can hold it: {error}") from error
+
+
+def _check_size(name: str, options: dict[str, Any]) -> None:
+    if ":" not in name and _total(options) > _NUMBERS:
+        raise ValueError(f"the numbers in network.options add up to over {_NUMBERS}")
 
 
 def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -124,16 +141,17 @@ def _plain(value: Any) -> bool:
     return _text(value) or value is None or isinstance(value, int | float)
 
 
-_LAYER = r"\w[\w.-]{0,299}"
+_LAYER = r"\w[\w ./-]{0,299}"
 _HEX = r"[0-9a-f]{%s}"
 _SHARE = _number(0, 1)
+_OPTIONS: Any = {"*": _plain}
 _MANIFEST: Any = {
     "schema": _whole(SCHEMA, SCHEMA),
     "id": _HEX % 16,
     "files": {WEIGHTS: _HEX % 64},
     "network": {
         "name": _text,
-        "options": {"*": _plain},
+        "options": _OPTIONS,
         "in_channels": _whole(1, 2**16),
         "num_classes": _whole(1, 2**20),
         "image_size": _whole(1, 2**16),

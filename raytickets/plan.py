@@ -335,6 +335,7 @@ def _check_batches(space: SearchSpace, images: int) -> None:
 
 def _check_network(space: SearchSpace, shape: "Shape") -> Event:
     from raytickets import cost
+    from raytickets.manifest import check_storable
     from raytickets.models import check_network
     from raytickets.shrink import UnsupportedNetwork, channel_groups, check_prunable
 
@@ -350,6 +351,7 @@ def _check_network(space: SearchSpace, shape: "Shape") -> Event:
         check_prunable(network, groups, example)
     except UnsupportedNetwork as error:
         raise InputError("network.name", space.network.name, str(error)) from error
+    check_storable(space.network, [group.name for group in groups])
     return {
         "channels": sum(group.width for group in groups),
         "dense": {"macs": cost.macs(network, example), "params": cost.params(network)},

@@ -195,14 +195,15 @@ def shrink(network: nn.Module, groups: Sequence[ChannelGroup], mask: Tensor) -> 
 def check_prunable(network: nn.Module, groups: Sequence[ChannelGroup], example: Tensor):
     """Try once that masked and shrunk agree, in float64 with random BatchNorms and a random mask.
 
-    example is one batch of images the network takes, float [N, C, H, W]. The network and torch's
-    random state are left as they were. Raises `UnsupportedNetwork` if the shrunk network fails or
-    its outputs differ by over 1e-9 of the largest.
+    example has the shape of images that the network takes, [N, C, H, W]; what is tried are random
+    ones. The network and torch's random state are left as they were. Raises `UnsupportedNetwork`
+    if the shrunk network fails or its outputs differ by over 1e-9 of the largest.
     """
     masked = copy.deepcopy(network).cpu().double().eval()
-    images = example.cpu().double()
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
+        # A convolution without a bias gives nothing but zeros for a black image.
+        images = torch.randn(example.shape, dtype=torch.float64)
         for _, norm in _batchnorms(masked):
             # Fresh BatchNorms are all alike, which would hide a channel in the wrong place.
             norm.weight.uniform_(0.5, 1.5)

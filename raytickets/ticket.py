@@ -1,6 +1,7 @@
 """Tickets on disk: weights as safetensors, everything else as a JSON manifest, checksummed."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -82,23 +83,23 @@ class Ticket:
         fit it.
         """
         try:
-            # A copy: the file's own pages would follow what becomes of the file.
             found = safetensors.torch.load_file(self.path / WEIGHTS)
-            weights = {name: tensor.clone() for name, tensor in found.items()}
         except (OSError, safetensors.SafetensorError) as error:
             raise DamagedTicket(f"{self.path}: {error}") from error
-        for name, tensor in weights.items():
-            if tensor.is_floating_point() and not tensor.isfinite().all():
-                raise DamagedTicket(f"{self.path}: a weight of {name} is not finite")
         own_code = ":" in self.manifest["network"]["name"]
         # The user's own code may compute with its weights while it makes them.
-        with contextlib.nullcontext() if own_code else _unallocated(2 * len(weights) + 100):
+        with contextlib.nullcontext() if own_code else _unallocated(2 * len(found) + 100):
             dense = self._dense(seed=0)
         buffers = {name: buffer.clone() for name, buffer in dense.named_buffers()}
         network = self._shrunk(dense if own_code else dense.to("meta"))
         expected = {name: (t.shape, t.dtype) for name, t in network.state_dict().items()}
-        if {name: (t.shape, t.dtype) for name, t in weights.items()} != expected:
+        if {name: (t.shape, t.dtype) for name, t in found.items()} != expected:
             raise DamagedTicket(f"{self.path}: its weights are not those of the masked network")
+        # A copy: the file's own pages would follow what becomes of the file.
+        weights = {name: tensor.clone() for name, tensor in found.items()}
+        for name, tensor in weights.items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise DamagedTicket(f"{self.path}: a weight of {name} is not finite")
         network.load_state_dict(weights, assign=True)
         for name in buffers.keys() - expected.keys():  # those that a network makes for itself
             module, _, buffer = name.rpartition(".")
@@ -189,6 +190,7 @@ def kept_channels(manifest: Mapping[str, Any]) -> dict[str, list[int]]:
     }
 
 
+@functools.cache
 def package_versions() -> dict[str, str]:
     """Installed versions of the packages that a ticket's bits depend on."""
     packages = ("raytickets", "numpy", "ray", "safetensors", "torch", "torch-pruning")
@@ -206,7 +208,11 @@ def save_ticket(folder: Path, network: nn.Module, manifest: Mapping[str, Any]) -
     _remove_leftovers(folder)
     scratch = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
     try:
-        weights = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+        # A copy: a module that has two names has its weights under both.
+        weights = {
+            name: tensor.clone(memory_format=torch.contiguous_format)
+            for name, tensor in network.state_dict().items()
+        }
         safetensors.torch.save_file(weights, scratch / WEIGHTS)
         complete = {
             "schema": SCHEMA,
@@ -222,13 +228,10 @@ def save_ticket(folder: Path, network: nn.Module, manifest: Mapping[str, Any]) -
         scratch.chmod(0o755)
         target = folder / complete["id"]
         if target.exists():
-            try:
-                found = load_ticket(target)
-            except DamagedTicket:
-                shutil.rmtree(target)
-            else:
+            if is_whole(target):
                 storage.keep(target)
-                return found
+                return Ticket(target, complete)
+            shutil.rmtree(target)
         scratch.rename(target)
         _sync(folder)
         storage.keep(target)
@@ -260,6 +263,12 @@ def save_retrained(
     return save_ticket(folder, network.cpu(), manifest)
 
 
+def has_lost(sweep: Path, told: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the retrained ticket that these events of a retraining end with is not whole."""
+    path = told[-1].get("path") if told else None
+    return path is not None and not is_whole(sweep / path)
+
+
 def load_ticket(path: str | Path, *, trust_code: bool = False) -> Ticket:
     """Open the ticket in a folder, or at an address, and verify its fields and checksums.
 
@@ -287,6 +296,15 @@ def load_ticket(path: str | Path, *, trust_code: bool = False) -> Ticket:
     except (OSError, ValueError, RecursionError, safetensors.SafetensorError) as error:
         raise DamagedTicket(f"{path}: not a whole ticket ({error})") from error
     return Ticket(path, manifest, trust_code)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a ticket is there that `load_ticket` verifies."""
+    try:
+        load_ticket(path)
+    except DamagedTicket:
+        return False
+    return True
 
 
 @contextlib.contextmanager

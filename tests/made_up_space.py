@@ -30,6 +30,14 @@ def headless(num_classes, in_channels):
 def broken(num_classes, in_channels):
     raise ValueError("no weights\\nat all")
 
+def oddly_named(num_classes, in_channels, **options):
+    network = nn.Sequential()
+    network.add_module("[1]", nn.Conv2d(in_channels, 4, 3))
+    network.add_module("norm", nn.BatchNorm2d(4))
+    network.add_module("flatten", nn.Flatten())
+    network.add_module("head", nn.Linear(4 * 36, num_classes))
+    return network
+
 def narrow(num_classes, in_channels):
     return nn.Sequential(nn.BatchNorm2d(in_channels), nn.Flatten(), nn.Linear(12, num_classes))
 """

@@ -108,6 +108,11 @@ SPACES = [
         {"network": "Network('nets:broken')"},
         "network.options: .* nets:broken raised ValueError: no weights at all",
     ),
+    ({"network": "Network('nets:oddly_named')"}, r"no ticket can hold it: .* cannot be '\[1\]'"),
+    (
+        {"network": "Network('nets:oddly_named', {'note': 'two\\nlines'})"},
+        "no ticket can hold it: network.options.note cannot be",
+    ),
     ({"network": "Network('nets:narrow')"}, "images of 3x8x8, but fails with: .*mat1 and mat2"),
     ({"data": "Data('mnist')"}, r"data\.source: 'mnist' .* digits, folder"),
     ({"data": "Data('cifar10')"}, r"data\.path: None .* path of a folder"),

@@ -253,6 +253,14 @@ LATER = {
     ),
     "weights of another shape": tensors(lambda w: {n: t.flatten() for n, t in w.items()}),
     "weights of another precision": tensors(lambda w: {n: t.half() for n, t in w.items()}),
+    "weights of four bits": tensors(
+        lambda w: {
+            n: torch.zeros(t.shape, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+            if t.numel() % 2 == 0
+            else t
+            for n, t in w.items()
+        }
+    ),
     "a weight missing": tensors(lambda w: dict([*w.items()][1:])),
     "one more weight": tensors(lambda w: w | {"extra": torch.zeros(1)}),
     "no weights": tensors(lambda _: {}),

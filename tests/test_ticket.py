@@ -8,7 +8,9 @@ import sys
 import time
 
 import pytest
+import safetensors.torch
 import torch
+from torch import nn
 
 from raytickets import storage
 from raytickets.config import InputError, Network
@@ -124,6 +126,15 @@ def test_a_damaged_ticket_is_written_again(ticket):
     network, groups, mask = shrunk_network()
     again = save_ticket(ticket.path.parent, network, manifest_of(groups, mask))
     assert load_ticket(again.path).id == ticket.id
+
+
+def test_a_module_with_two_names_is_saved_under_both(tmp_path):
+    network, groups, mask = shrunk_network()
+    network.again = next(module for module in network.modules() if isinstance(module, nn.Linear))
+    saved = save_ticket(tmp_path, network, manifest_of(groups, mask))
+    weights = safetensors.torch.load_file(saved.path / WEIGHTS)
+    assert weights.keys() == network.state_dict().keys()
+    assert torch.equal(weights["again.weight"], network.again.weight)
 
 
 def test_a_manifest_that_could_not_be_read_again_is_not_written(tmp_path):
