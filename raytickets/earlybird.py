@@ -155,9 +155,10 @@ class MaskWindow:
         """From the newest masks to each of the older ones: float64 [older, K], ratios rising."""
         by_width = self.rule.rule == "epi"
         distances = (self._by_width if by_width else self._by_channel)(newest, older)
-        if self.rule.rule != "paper":
-            for row, cuts in zip(distances, older, strict=True):
-                row[min(cuts.top, newest.top) :] = 1.0
+        tops = [min(cuts.top, newest.top) for cuts in older]
+        if self.rule.rule != "paper" and min(tops) < len(self._ratios):
+            for row, top in zip(distances, tops, strict=True):
+                row[top:] = 1.0
         return distances
 
     def _by_channel(self, newest: "_Cuts", older: Sequence["_Cuts"]) -> Tensor:
