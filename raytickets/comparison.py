@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from statistics import fmean, stdev
 from typing import Any
 
+from raytickets.halving import drawn
 from raytickets.journal import Event
 
 OPPONENTS = ("random", "dense", "progressive")
@@ -85,16 +86,11 @@ def runs(events: Sequence[Event]) -> list[dict[str, Any]]:
     `relative_latency` (to the dense network), `draw_epoch` (or null), and what search and
     retraining cost together: `total_macs`, `total_seconds`, `total_joules` (null if unavailable)
     and `energy` (where the joules are from)."""
-    # A source that failed and ran again has drawn again; retraining by hand has no ledger.
-    tickets = {
-        (e["method"], e["prune_ratio"], e["seed"]): e for e in events if e["event"] == "ticket"
-    }
-    retrained = {
-        e["run"]: e for e in reversed(events) if e["event"] == "retrained" and "ledger" in e
-    }
+    # Retraining by hand has no ledger.
+    retrained = {e["run"]: e for e in events if e["event"] == "retrained" and "ledger" in e}
     return [
         _run(ticket, retrained[ticket["ticket"]])
-        for ticket in tickets.values()
+        for ticket in drawn(events)
         if ticket["ticket"] in retrained
     ]
 
@@ -145,7 +141,7 @@ def table(events: Sequence[Event]) -> list[dict[str, Any]]:
     opening, found = events[0], runs(events)
     sources = _last(events, "trajectory", "trajectory").values()
     ended = {(e["method"], e["seed"]) for e in sources if e["state"] != "failed"}
-    drawn = {(e["method"], e["prune_ratio"], e["seed"]) for e in events if e["event"] == "ticket"}
+    tickets = {(e["method"], e["prune_ratio"], e["seed"]) for e in drawn(events)}
     lines = [("dense", 0.0)]
     lines += [
         (method, ratio)
@@ -177,7 +173,7 @@ def table(events: Sequence[Event]) -> list[dict[str, Any]]:
             "n": len(mine),
             "not_drawn": sum(
                 (_FOUND_BY.get(method, method), seed) in ended
-                and (method, ratio, seed) not in drawn
+                and (method, ratio, seed) not in tickets
                 for seed in opening["seeds"]
             ),
             "test_accuracy": _mean(accuracies),

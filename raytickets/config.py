@@ -136,7 +136,7 @@ class Data:
     `source` is one of
     - `digits`: scikit-learn's 1,797 images of 8x8 pixels;
     - `folder`: the ImageFolder at `path`, either `train/<class>/*` with `test/<class>/*` and
-      `validation/<class>/*` (or `val/`) if they are there, or plain `<class>/*`;
+      `validation/<class>/*` (or `val/`, `valid/`) if they are there, or plain `<class>/*`;
     - `cifar10`, `cifar100`: the original 60,000 images of 32x32 pixels, in the folder `path` as
       torchvision keeps them (`cifar-10-batches-py/`, `cifar-100-python/`);
     - `huggingface`: an image data set of Hugging Face, in the folder `path` as `save_to_disk` or
@@ -551,10 +551,22 @@ class SearchSpace:
         if self.comparison.rewind >= self.retraining.epochs:
             allowed = f"must be below retraining.epochs, which is {self.retraining.epochs}"
             raise InputError("comparison.rewind", self.comparison.rewind, allowed)
+        if self.halving is not None and self.halving.grace > self.most_epochs:
+            allowed = f"must be at most training.epochs, which is {self.most_epochs}"
+            raise InputError("halving.grace", self.halving.grace, allowed)
         window, checks = self.stop_rule.window, self.stop_rule.checks_per_epoch
         if self.training.epochs * checks < window:
             allowed = f"must be enough for stop_rule.window, which is {window}"
             raise InputError("training.epochs", self.training.epochs, allowed)
+
+    @property
+    def most_epochs(self) -> int:
+        """Of training a trajectory: `training.epochs`, or the most that Optuna may propose."""
+        given = self.optuna.ranges.get("training.epochs") if self.optuna else None
+        if isinstance(given, Range):
+            return int(given.high)
+        numbers = (value for value in given or () if isinstance(value, int))
+        return max(numbers, default=self.training.epochs)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values, keys in the order of the fields."""

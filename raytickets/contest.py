@@ -8,11 +8,12 @@ from ray import tune
 from raytickets.config import SearchSpace
 from raytickets.crew import Job, Work, run_crew
 from raytickets.data import DataSet
+from raytickets.halving import drawn
 from raytickets.journal import Event
 from raytickets.methods import Source, sources
 from raytickets.room import Room
 from raytickets.sweep import Sweep, select
-from raytickets.ticket import DamagedTicket, load_ticket
+from raytickets.ticket import is_whole
 from raytickets.trial import Trial
 
 
@@ -46,25 +47,22 @@ def _left(space: SearchSpace, sweep: Sweep) -> tuple[list[Source], list[Event]]:
     A source need not run again if it did not fail and its tickets are whole.
     """
     events = sweep.events()
-    tickets = {event["ticket"]: event for event in select(events, "ticket")}
-    damaged = set()
-    for event in tickets.values():
-        try:
-            load_ticket(sweep.path / event["path"])
-        except DamagedTicket:
-            damaged.add(event["trajectory"])
+    tickets = drawn(events)
+    damaged = {e["trajectory"] for e in tickets if not is_whole(sweep.path / e["path"])}
     last = {event["trajectory"]: event["state"] for event in select(events, "trajectory")}
     ended = {name for name, state in last.items() if state != "failed"} - damaged
-    done = _retrained(events)
-    waiting = [
-        event for id, event in tickets.items() if event["trajectory"] in ended and id not in done
-    ]
+    done = _retrained(sweep)
+    waiting = [e for e in tickets if e["trajectory"] in ended and e["ticket"] not in done]
     return [source for source in sources(space) if source.id not in ended], waiting
 
 
-def _retrained(events: list[Event]) -> set[str]:
-    """Tickets that the comparison retrained; `raytickets retrain` keeps no ledger."""
-    return {event["run"] for event in select(events, "retrained") if "ledger" in event}
+def _retrained(sweep: Sweep) -> set[str]:
+    """Tickets that the comparison retrained and that are whole.
+
+    `raytickets retrain` keeps no ledger.
+    """
+    retrained = [event for event in select(sweep.events(), "retrained") if "ledger" in event]
+    return {event["run"] for event in retrained if is_whole(sweep.path / event["path"])}
 
 
 class _Contest(Work):
@@ -78,7 +76,7 @@ class _Contest(Work):
         left, waiting = _left(space, sweep)
         self._sources = {source.id: source for source in left}
         self._jobs = [Job("trajectory", source.id, {"source": vars(source)}) for source in left]
-        self._known = _retrained(sweep.events())
+        self._known = _retrained(sweep)
         self.left = set(self._sources)
         """Sources and tickets that have not ended."""
         self.failed: dict[str, str] = {}

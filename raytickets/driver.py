@@ -36,8 +36,8 @@ from raytickets.lease import Held, Lease, hold
 from raytickets.plan import Plan, opened
 from raytickets.retrain import DENSE, Job, retrain, worker_count
 from raytickets.room import NoRoom, Room, connected, workers_now
-from raytickets.sweep import Sweep, select
-from raytickets.ticket import load_ticket
+from raytickets.sweep import Sweep, own_retrainings, select
+from raytickets.ticket import has_lost, load_ticket
 from raytickets.tuner import run_search
 
 if TYPE_CHECKING:
@@ -168,7 +168,8 @@ def retrain_ticket(
     """Retrain one ticket of a sweep with the sweep's recipe; its `retrained` event.
 
     `path` is the ticket's folder or its address. `epochs` and `weights` (`inherit` or `reinit`)
-    replace the recipe's own. The result goes to the sweep's journal and the ticket's MLflow run.
+    replace the recipe's own. The result goes to the sweep's journal and the ticket's MLflow run, in
+    the store that the sweep was recorded in unless there is a `tracking_uri`.
     Raises InputError, DamagedTicket, Held if another process writes in the sweep, or SweepFailed.
     """
     path = places.local(path)
@@ -184,7 +185,12 @@ def retrain_ticket(
     with (
         hold(sweep.path) as lease,
         _running(
-            connected(space, address, wanted=1), sweep.path, lease, tracking_uri, observer
+            connected(space, address, wanted=1),
+            sweep.path,
+            lease,
+            tracking_uri,
+            observer,
+            recorded=True,
         ) as (room, tell),
     ):
         workers = worker_count(space, room.workers)
@@ -264,11 +270,15 @@ def _running(
     lease: Lease,
     tracking_uri: str | None,
     observer: Observer,
+    recorded: bool = False,
 ) -> Iterator[tuple[Room, Callable[[Event], None]]]:
-    """Ray and MLflow: what there is room for, and how to tell of events."""
+    """Ray and MLflow: what there is room for, and how to tell of events.
+
+    Without a `tracking_uri`, `recorded` is the store that the sweep was recorded in.
+    """
     with ThreadPoolExecutor(1) as pool:
         # MLflow takes seconds to import, and Ray as long to start.
-        tracker = pool.submit(_open_tracker, folder, tracking_uri)
+        tracker = pool.submit(_open_tracker, folder, tracking_uri, recorded)
         on_term = signal.getsignal(signal.SIGTERM)
         with contextlib.ExitStack() as stack:
             try:
@@ -282,10 +292,10 @@ def _running(
             yield room, tell
 
 
-def _open_tracker(folder: Path, uri: str | None) -> "Tracker":
-    from raytickets.tracking import Tracker, prepare_store, resolve_uri
+def _open_tracker(folder: Path, uri: str | None, recorded: bool) -> "Tracker":
+    from raytickets.tracking import Tracker, prepare_store, recorded_uri, resolve_uri
 
-    uri = resolve_uri(uri)
+    uri = resolve_uri(uri or (recorded_uri(folder) if recorded else None))
     if warning := prepare_store(uri):
         log.warning(warning)
     return Tracker(uri, folder)
@@ -368,7 +378,11 @@ def _retrain_winners(
         tell(chosen)
     jobs = [Job(DENSE, None)] if winners else []
     jobs += [Job(event["ticket"], sweep.path / event["path"]) for event in winners]
-    done = {event["run"] for event in select(events, "retrained")}
+    done = {
+        run
+        for run, event in own_retrainings(events[0], events).items()
+        if not has_lost(sweep.path, [event])
+    }
     if jobs := [job for job in jobs if job.run not in done]:
         # Machines may have come and gone since the sweep began.
         workers = worker_count(space, workers_now(room.gpus), grows=room.most > room.slots)

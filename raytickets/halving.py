@@ -10,6 +10,16 @@ from raytickets.config import SearchSpace
 from raytickets.journal import Event
 
 
+def drawn(events: Iterable[Event]) -> list[Event]:
+    """The `ticket` events that count: the newest of each prune ratio.
+
+    A trajectory that went on elsewhere, or ran again as its ticket was damaged, may have drawn
+    another one.
+    """
+    found = [event for event in events if event["event"] == "ticket"]
+    return [*{(e["trajectory"], e["method"], e["prune_ratio"]): e for e in found}.values()]
+
+
 def proved(events: Iterable[Event]) -> list[Event]:
     """Every ticket's event once, ordered by id, with its proofs summed up.
 
@@ -88,13 +98,13 @@ def hypervolume(accuracies: Sequence[float], shares: Sequence[float]) -> float:
 def _proofs(events: Iterable[Event]) -> dict[str, dict[int, Event]]:
     """Of each ticket, ordered by id, its proofs by rung: the first one's is its `ticket` event.
 
-    By id, since trajectories that run side by side draw in no fixed order; and each once, since
-    a trajectory that was cut off and ran again draws the same tickets.
+    By id, since trajectories that run side by side draw in no fixed order.
     """
-    found: dict[str, dict[int, Event]] = {}
+    events = list(events)
+    found = {ticket["ticket"]: {1: ticket} for ticket in drawn(events)}
     for event in events:
-        if event["event"] in ("ticket", "proof"):
-            found.setdefault(event["ticket"], {})[event.get("rung", 1)] = event
+        if event["event"] == "proof" and event["ticket"] in found:
+            found[event["ticket"]][event["rung"]] = event
     return dict(sorted(found.items()))
 
 

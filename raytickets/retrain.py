@@ -31,6 +31,7 @@ from ray.train import (
 from ray.train.torch import TorchTrainer, get_device, prepare_model
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.failure_handling.default import _is_preemption_failure
 from ray.util.queue import Empty, Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor, nn
@@ -42,8 +43,8 @@ from raytickets.data import DataSet
 from raytickets.journal import Event
 from raytickets.models import build_network
 from raytickets.plan import deadline_s
-from raytickets.room import LOOK_S, NoRoom, Waiting
-from raytickets.ticket import load_ticket, save_retrained
+from raytickets.room import LOOK_S, Waiting
+from raytickets.ticket import has_lost, load_ticket, save_retrained
 from raytickets.train import SGD, epoch_event, fit, numerics, retrained_event, seeded
 
 DENSE = "dense"
@@ -93,9 +94,9 @@ def retrain(
     retraining by the same recipe was cut off, and epochs before that are told again; one whose
     retraining had ended is only told again. Where workers are lost, the group is started again: a
     `retry` event says why. Raises what Ray Train raises if that happens `RETRIES` times more
-    without an epoch in between, at once if the input is to blame or the loss is no number; NoRoom
-    if for `RAYTICKETS_DEADLINE_S` seconds there was no room for the least number of workers, which
-    is one where the space names none; what `on_event` raises.
+    without an epoch in between and without notice, at once if the input is to blame or the loss is
+    no number; NoRoom if for `RAYTICKETS_DEADLINE_S` seconds there was no room for the least number
+    of workers, which is one where the space names none; what `on_event` raises.
     """
     told = _Told(on_event)
     failed = 0
@@ -109,7 +110,10 @@ def retrain(
             if not ours:
                 raise
         except TrainingFailedError as error:
-            failed = 1 if len(told.epochs) > before else failed + 1
+            if len(told.epochs) > before:
+                failed = 0
+            # A machine that was given notice counts towards no limit.
+            failed += not _is_preemption_failure(error)
             left = [job for job in left if job.run not in told.ended]
             if failed > RETRIES or not left or _bound_to_fail(error):
                 raise
@@ -233,7 +237,7 @@ class _Trainer(TorchTrainer):
         try:
             while not ray.wait([running], timeout=LOOK_S)[0]:
                 waiting.look()
-        except NoRoom:
+        except BaseException:  # Ctrl-C too: a Ray that was there before goes on.
             ray.kill(controller)
             raise
         ray.get(running)
@@ -288,10 +292,15 @@ def _retrain_one(space: SearchSpace, job: Job, dataset: DataSet, sweep: Path, qu
     batches = Batches(dataset, space.data, device)
     count = batches.count(recipe.batch_size)
     found = checkpoint.load(folder) if rank == 0 else None
+    newest, damaged = found.number if found else 0, ()
+    if rank == 0:
+        damaged = found.damaged if found else checkpoint.generations(folder)
+        if found and has_lost(sweep, found.state["events"]):
+            found, damaged = None, ("the retrained ticket",)
     events: list[Event] = list(found.state["events"]) if found else []
     for event in events:
         queue.put(event)
-    if rank == 0 and (damaged := found.damaged if found else checkpoint.generations(folder)):
+    if rank == 0 and damaged:
         place = f"goes on from epoch {found.state['steps'] / count:g}" if found else "begins again"
         reason = f"damaged: {', '.join(damaged)}; {place}"
         queue.put({"event": "retry", "run": job.run, "reason": reason})
@@ -333,7 +342,7 @@ def _retrain_one(space: SearchSpace, job: Job, dataset: DataSet, sweep: Path, qu
 
     purpose, ours = ("retrain", space.seeds[0]), (rank, world)
     parts = fit(parallel, optimizer, batches, recipe, purpose, how, first=int(first), worker=ours)
-    with checkpoint.Writer(folder, found.number if found else 0) as writer:
+    with checkpoint.Writer(folder, newest) as writer:
         for steps, part in parts:
             part *= share
             if world > 1:

@@ -5,6 +5,7 @@ each source) and for the dense reference of a sweep, and below its trajectory on
 """
 
 import json
+import logging
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from raytickets import comparison, halving, plots, storage
-from raytickets.config import SearchSpace
+from raytickets.config import InputError, SearchSpace
 from raytickets.journal import Event
-from raytickets.sweep import ticket_folder
+from raytickets.sweep import own_retrainings, ticket_folder
+
+log = logging.getLogger("raytickets")
 
 ABOUT = {
     "sweep": """This sweep looked for early-bird tickets: smaller networks that train as well.
@@ -115,7 +118,12 @@ class Runs:
             case "winners" if self._space.optuna and top.status != "FINISHED":
                 from raytickets.study import figures
 
-                if drawn := figures(self._space, self._folder):
+                try:
+                    drawn = figures(self._space, self._folder)
+                except InputError as error:  # The study's database may be out of reach from here.
+                    log.warning(f"Optuna's figures are left out: {error}")
+                    drawn = {}
+                if drawn:
                     top.files["optuna.html"] = plots.page(drawn)
             case "epoch":
                 run = self._retraining(event["run"])
@@ -144,7 +152,7 @@ class Runs:
         tickets, dense = halving.proved(history), self._opening["dense"]
         if not tickets:
             return
-        retrained = {e["run"]: e for e in history if e["event"] == "retrained"}
+        retrained = own_retrainings(self._opening, history)
         tests = {key: event["test_accuracy"] for key, event in retrained.items()}
         rows = [
             _pick(t, "prune_ratio", "penalty", "seed", "proof_accuracy", "proof_rung")
@@ -159,17 +167,15 @@ class Runs:
         )
 
     def candidates(self) -> list[Event]:
-        """The `retrained` events of a sweep's winners, if it ended well and their files are here.
-
-        The sweep's own retraining, not what `raytickets retrain` did later.
-        """
+        """The `retrained` events of a sweep's winners, by its own recipe, if it ended well and
+        their files are here."""
         history = self._history
         ends = [place for place, e in enumerate(history) if e["event"] == "end"]
         if self.top != "sweep" or not ends or history[ends[-1]]["state"] != "done":
             return []
         winners = next((e["tickets"] for e in history[::-1] if e["event"] == "winners"), [])
-        first = {e["run"]: e for e in history[ends[-1] :: -1] if e["event"] == "retrained"}
-        found = [event for run, event in first.items() if run in winners]
+        retrained = own_retrainings(self._opening, history)
+        found = [event for run, event in retrained.items() if run in winners]
         return [e for e in found if storage.fetch(self._folder / e["path"]).is_dir()]
 
     def _add_totals(self) -> None:
@@ -186,7 +192,8 @@ class Runs:
         else:
             tickets = halving.proved(history)
             winners = next((e["tickets"] for e in history[::-1] if e["event"] == "winners"), [])
-            tests = {e["run"]: e["test_accuracy"] for e in history if e["event"] == "retrained"}
+            retrained = own_retrainings(self._opening, history)
+            tests = {run: event["test_accuracy"] for run, event in retrained.items()}
             totals = {"tickets": len(tickets), "winners": len(winners)}
             totals["dense_test_accuracy"] = tests.get("dense")
             # Of the ticket that was best in validation: the best on test images would flatter.
@@ -261,7 +268,8 @@ class Runs:
         run.wanted = "FAILED" if state in ("diverged", "failed") else "FINISHED"
         space = self._space.with_changes(event["changes"])
         run.params = _known(_pick(event, "penalty", "seed")) | masked(event["changes"])
-        run.params["learning_rate"] = space.training.learning_rate
+        if self.top == "sweep":  # The sources of a comparison have recipes of their own.
+            run.params["learning_rate"] = space.training.learning_rate
         run.params["method"] = event["method"]
         run.measure(_pick(event, "epochs", "seconds"), place=self._place("trajectory", key))
         run.tags |= {f"raytickets.ratio_{r}": s for r, s in event["ratios"].items()}

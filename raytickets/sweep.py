@@ -101,8 +101,7 @@ class Sweep:
             return comparison.report(events) | {"state": _state(events)} | _lost(events)
         tickets = {e["ticket"]: e for e in proved(events)}
         trajectories = {e["trajectory"]: e for e in select(events, "trajectory")}
-        # The sweep's own retraining, not what `raytickets retrain` did later by another recipe.
-        retrained = {e["run"]: e for e in reversed(select(events, "retrained"))}
+        retrained = own_retrainings(opening, events)
         winners = [id for e in select(events, "winners")[-1:] for id in e["tickets"]]
 
         shared_macs = sum(e["train_macs"] for e in trajectories.values())
@@ -244,6 +243,15 @@ def _rank_correlation(pairs: Sequence[tuple[float, float]]) -> dict[str, Any]:
 def select(events: Iterable[Event], kind: str) -> list[Event]:
     """The events of one kind, in order."""
     return [event for event in events if event["event"] == kind]
+
+
+def own_retrainings(opening: Event, events: Iterable[Event]) -> dict[str, Event]:
+    """What came of each run by the sweep's recipe, not by one that `raytickets retrain` was told.
+
+    These are the newest `retrained` events.
+    """
+    recipe = opening["space"]["retraining"]
+    return {e["run"]: e for e in select(events, "retrained") if e["recipe"] == recipe}
 
 
 def ticket_folder(sweep: Path, place: object) -> Path:

@@ -1,5 +1,6 @@
 """The search on Ray Tune: trajectories, then further proofs of tickets on the same workers."""
 
+import contextlib
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -8,15 +9,15 @@ import ray
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 
-from raytickets import study
-from raytickets.config import Range, SearchSpace
+from raytickets import storage, study
+from raytickets.config import SearchSpace
 from raytickets.crew import Job, Work, run_crew
 from raytickets.data import DataSet
-from raytickets.halving import next_proofs
+from raytickets.halving import drawn, next_proofs
 from raytickets.journal import Event
 from raytickets.room import Room
 from raytickets.sweep import Sweep, select
-from raytickets.ticket import DamagedTicket, load_ticket
+from raytickets.ticket import is_whole
 from raytickets.trajectory import Point, grid
 from raytickets.trial import Trial
 
@@ -60,13 +61,7 @@ def _grid_left(space: SearchSpace, sweep: Sweep) -> list[Point]:
 
 def _damaged(sweep: Sweep, events: list[Event]) -> set[str]:
     """Trajectories whose tickets are not whole."""
-    damaged = set()
-    for event in select(events, "ticket"):
-        try:
-            load_ticket(sweep.path / event["path"])
-        except DamagedTicket:
-            damaged.add(event["trajectory"])
-    return damaged
+    return {e["trajectory"] for e in drawn(events) if not is_whole(sweep.path / e["path"])}
 
 
 class _Halving(ASHAScheduler):
@@ -83,7 +78,7 @@ class _Halving(ASHAScheduler):
             time_attr="epoch",
             metric="accuracy",
             mode="max",
-            max_t=_most_epochs(space),
+            max_t=space.most_epochs,
             grace_period=space.halving.grace,
             reduction_factor=space.halving.reduction,
             stop_last_trials=False,
@@ -112,13 +107,6 @@ def _known(trial: Any) -> Any:
     if "point" not in trial.config:
         return trial
     return SimpleNamespace(trial_id=Point(**trial.config["point"]).id)
-
-
-def _most_epochs(space: SearchSpace) -> int:
-    given = space.optuna.ranges.get("training.epochs") if space.optuna else None
-    if isinstance(given, Range):
-        return int(given.high)
-    return max(given or [space.training.epochs])
 
 
 class _Search(Work):
@@ -185,6 +173,9 @@ class _Search(Work):
     def complete(self, job: Job) -> None:
         if point := self._running.get(job.id):
             self._end(point, "hopeless", "others were more accurate by then")
+            # What may be left there only takes space.
+            with contextlib.suppress(OSError):
+                storage.remove(self._sweep.path / "checkpoints" / point.id)
 
     def fail(self, job: Job, reason: str) -> None:
         if point := self._running.get(job.id):

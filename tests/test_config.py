@@ -170,6 +170,7 @@ def test_the_threshold_is_the_rules_own_unless_given(rule, limit):
         (lambda: space(proof=recipe()), "proof"),
         (lambda: Halving(grace=0), "halving.grace"),
         (lambda: Halving(reduction=1), "halving.reduction"),
+        (lambda: space(training=Training(epochs=9), halving=Halving(grace=10)), "halving.grace"),
         (lambda: space(halving=True), "halving"),
         (lambda: space(retraining=recipe()), "retraining"),
         (
@@ -370,7 +371,7 @@ spaces = st.builds(
     round_to=st.sampled_from([1, 8]),
     precision=st.sampled_from(["auto", "float32", "bfloat16"]),
     channels_last=st.booleans(),
-    halving=st.none() | st.builds(Halving, st.integers(1, 20), st.integers(2, 4)),
+    halving=st.none() | st.builds(Halving, st.integers(1, 5), st.integers(2, 4)),
     seeds=st.lists(st.integers(0), min_size=1, unique=True).map(tuple),
     resources=st.builds(Resources, st.integers(1, 64), st.sampled_from([0, 0.5, 1, 2])),
 )

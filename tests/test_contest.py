@@ -6,14 +6,14 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
-from made_up_comparison import OPENING, ended, ticket, ticket_id
+from made_up_comparison import COMPARED, OPENING, ended, finished, ticket, ticket_id
 from made_up_sweep import write
 
 from raytickets import compare, load_ticket
 from raytickets.comparison import claims, runs
 from raytickets.config import Comparison, Data, InputError, Network, Retraining, SearchSpace
 from raytickets.config import Training as Recipe
-from raytickets.contest import _Contest
+from raytickets.contest import _Contest, _left
 from raytickets.driver import SweepFailed
 from raytickets.methods import Source, sources
 from raytickets.sweep import Sweep, select
@@ -99,6 +99,17 @@ def test_a_retraining_that_fails_is_named_and_not_left(lay):
     id = ticket_id("early_bird", 0.3, 0)
     assert laid.work.failed == {id: "RuntimeError: CUDA out of memory"}
     assert laid.work.left == set()
+
+
+def test_a_retrained_ticket_that_is_lost_is_retrained_again(tmp_path, monkeypatch):
+    sweep = Sweep(write(tmp_path / "duel", finished()))
+    monkeypatch.setattr("raytickets.contest.is_whole", lambda _: True)
+    assert _left(COMPARED, sweep)[1] == []
+    lost = ticket_id("random", 0.3, 1)
+    monkeypatch.setattr(
+        "raytickets.contest.is_whole", lambda path: path != sweep.path / "retrained" / lost
+    )
+    assert [event["ticket"] for event in _left(COMPARED, sweep)[1]] == [lost]
 
 
 @pytest.fixture(scope="module")

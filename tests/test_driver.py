@@ -390,10 +390,14 @@ def test_a_proof_that_fails_fails_the_sweep_which_can_go_on(place, store):
 
 
 @pytest.mark.slow
-def test_one_ticket_can_be_retrained_again(sweep, store):
+def test_one_ticket_can_be_retrained_again(sweep, store, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     ticket = ids(sweep)[0]
     path = sweep.path / "tickets" / ticket
-    done = retrain_ticket(path, epochs=1, weights="reinit", tracking_uri=store)
+    done = retrain_ticket(path, epochs=1, weights="reinit")
+    # It is told of where the sweep was recorded, from whatever folder.
+    assert not (tmp_path / "mlflow.db").exists()
+    assert tracking.recorded_uri(sweep.path) == store
     assert (done["run"], done["epochs"]) == (ticket, 1)
     assert load_ticket(sweep.path / done["path"]).manifest["retrained"]["from"] == ticket
 

@@ -28,7 +28,7 @@ def space(rungs: int, winners: int) -> SearchSpace:
 def drawn(*points: tuple[float, int]) -> list[Event]:
     """A search that drew tickets of these proof accuracies and MACs; their ids are a, b, ..."""
     return [
-        ticket(LOW, chr(ord("a") + place), 0.3, macs, accuracy)
+        ticket(LOW, chr(ord("a") + place), (place + 1) / 100, macs, accuracy)
         for place, (accuracy, macs) in enumerate(points)
     ]
 
@@ -98,6 +98,15 @@ def test_a_trajectory_that_runs_again_leaves_the_proofs_of_its_tickets():
     assert proved(again) == proved(FINISHED)
     assert choose_winners(SPACE, again) == choose_winners(SPACE, FINISHED)
     assert next_proofs(SPACE, again)[1] == []
+
+
+def test_of_tickets_drawn_again_the_newest_count():
+    """As where a damaged one was drawn again on another kind of processor."""
+    events = [*drawn((0.9, 1), (0.8, 1)), proof("a", 2, 0.95)]
+    again = ticket(LOW, "z", 0.01, 1, 0.7)
+    assert ids(proved([*events, again])) == ["b", "z"]
+    assert asked(2, 1, [*events, again]) == (2, ["b"])
+    assert proved([*events, again, proof("z", 2, 0.9)])[1]["proof_rung"] == 2
 
 
 def test_proofs_are_summed_up():

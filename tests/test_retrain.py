@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,24 @@ def test_a_group_that_starts_again_tells_nothing_twice_of_networks_that_are_done
     for event in [*whole, *whole, epoch | {"run": "b"}]:
         told.hear(event)
     assert heard == [*whole, epoch | {"run": "b"}]
+
+
+def test_machines_that_were_taken_after_notice_count_towards_no_limit(tmp_path, monkeypatch):
+    from ray.exceptions import RayActorError
+    from ray.train import WorkerGroupError
+
+    gone = RayActorError(error_msg="its machine was taken", preempted=True)
+    failures = [WorkerGroupError("gone", {0: gone}) for _ in range(RETRIES + 3)]
+
+    def run_group(*_):
+        if failures:
+            raise failures.pop()
+
+    monkeypatch.setattr("raytickets.retrain._run_group", run_group)
+    heard = []
+    retrain(SPACE, [Job(DENSE, None)], None, tmp_path, 2, heard.append)
+    assert [event["attempt"] for event in heard] == [1, 2, 3, 4, 5]
+    assert heard[0]["reason"] == "worker 0: its machine was taken"
 
 
 @pytest.mark.parametrize("asked", [2, (2, 4)])
@@ -295,6 +314,14 @@ def test_a_driver_that_stops_goes_on_from_the_last_epoch(calm, tmp_path):
     again = [event for event in retraining() if event["event"] != "retry"]
     assert again == [event for event in events if event["event"] != "retry"]
     assert retraining.steps() == before
+    # But a retrained ticket that is gone is made again.
+    shutil.rmtree(retraining.folder / select(events, "retrained")[0]["path"])
+    anew = retraining()
+    assert retraining.steps() == before + 3 * STEPS
+    assert select(anew, "retry")[-1]["reason"] == "damaged: the retrained ticket; begins again"
+    assert told(anew) == told(calm[0])
+    assert_same(retraining.weights(anew), calm[1])
+    before = retraining.steps()
     other = retraining(epochs=2)
     assert retraining.steps() == before + 2 * STEPS
     assert [event["epoch"] for event in select(other, "epoch")] == [1, 2]

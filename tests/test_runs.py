@@ -9,7 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from raytickets import study
-from raytickets.config import Data, Network, Optuna, Range, SearchSpace
+from raytickets.config import Data, InputError, Network, Optuna, Range, SearchSpace
 from raytickets.journal import Event
 from raytickets.runs import Run, Runs
 
@@ -219,6 +219,30 @@ def test_a_retraining_shows_its_recipe_also_where_it_was_not_the_sweeps(tmp_path
     runs = runs_of([*sweeps, again | {"recipe": recipe}], tmp_path).all
     assert runs[winner].files["retraining.json"] == recipe
     assert runs["dense"].files["retraining.json"] == again["recipe"]
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_retraining_by_another_recipe_leaves_the_sweeps_figures_alone(tmp_path: Path, late: bool):
+    sweeps = made_up_sweep.FINISHED
+    place = len(sweeps) if late else len(made_up_sweep.SEARCHED)
+    recipe = {**made_up_sweep.SPACE.as_dict()["retraining"], "epochs": 1}
+    by_hand = made_up_sweep.retrained(made_up_sweep.LARGE, 1_000_000, 10, 0.5) | {"recipe": recipe}
+    own = runs_of(sweeps, tmp_path)
+    both = runs_of([*sweeps[:place], by_hand, *sweeps[place:]], tmp_path)
+    assert last(both.all["sweep"]) == last(own.all["sweep"])
+    assert both.all["sweep"].files["tickets.json"] == own.all["sweep"].files["tickets.json"]
+
+
+def test_a_study_out_of_reach_costs_its_figures_alone(tmp_path: Path, monkeypatch, caplog):
+    def figures(*_):
+        raise InputError("optuna.storage", "postgresql://host/name", "cannot be used (no route)")
+
+    monkeypatch.setattr("raytickets.study.figures", figures)
+    runs = runs_of(proposed(), tmp_path).all
+    assert "optuna.html" not in runs["sweep"].files
+    assert "tickets.json" in runs["sweep"].files
+    (line,) = caplog.messages
+    assert line.startswith("Optuna's figures are left out: optuna.storage: ")
 
 
 def test_retries_are_counted_and_their_reasons_shown(tmp_path: Path):

@@ -204,10 +204,13 @@ def test_what_was_done_again_counts_as_it_was_done_last(sweep):
     assert [end["state"] for end in report["trajectories"]] == ["drawn", "not converged"]
 
 
-def test_retraining_a_winner_later_by_another_recipe_leaves_the_report_alone(sweep):
-    longer = retrained(SMALL, 350_000, 350 * GIGA, 0.97)
-    later = sweep([*FINISHED, epoch(SMALL, 60), longer]).report()
-    assert later["winners"] == sweep(FINISHED).report()["winners"]
+@pytest.mark.parametrize("place", [len(SEARCHED), len(FINISHED)])
+def test_retraining_by_another_recipe_leaves_the_report_alone(sweep, place):
+    """Before the sweep retrains its winners, and after."""
+    recipe = OPENING["space"]["retraining"] | {"epochs": 60}
+    longer = retrained(SMALL, 350_000, 350 * GIGA, 0.97) | {"recipe": recipe}
+    events = [*FINISHED[:place], epoch(SMALL, 60), longer, *FINISHED[place:]]
+    assert sweep(events).report() == sweep(FINISHED).report()
 
 
 @pytest.mark.parametrize(

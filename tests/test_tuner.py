@@ -25,7 +25,6 @@ from raytickets.journal import Event, Journal
 from raytickets.plan import make_plan
 from raytickets.room import Room
 from raytickets.sweep import Sweep, select
-from raytickets.ticket import DamagedTicket
 
 RANGES = {"penalty": Range(1e-5, 1e-2, log=True), "training.epochs": Range(8, 20)}
 PROPOSED = dataclasses.replace(SPACE, optuna=Optuna(trajectories=3, ranges=RANGES, startup=2))
@@ -38,7 +37,7 @@ MACS = OPENING["dense"]["macs"]
 
 @pytest.fixture
 def sweep(tmp_path, monkeypatch):
-    monkeypatch.setattr(tuner, "load_ticket", lambda _: None)
+    monkeypatch.setattr(tuner, "is_whole", lambda _: True)
     return Sweep(write(tmp_path / "first", [BEGUN]))
 
 
@@ -137,12 +136,16 @@ def test_what_diverged_or_failed_is_told_as_failed(sweep, space):
 
 def test_a_trajectory_that_halving_ends_is_told_with_what_it_drew(sweep):
     work = begin(sweep)
-    job = work.next()
+    job, other = work.next(), work.next()
+    for one in (job, other):
+        (sweep.path / "checkpoints" / one.id / "deeper").mkdir(parents=True)
     finish(work, drawn(job.config["point"])[:-1])
     work.complete(job)
-    assert told(sweep) == [[0.75 * 0.5]]
+    assert told(sweep) == [[0.75 * 0.5], TrialState.RUNNING]
     (ended,) = select(sweep.events(), "trajectory")
     assert (ended["state"], ended["ratios"]) == ("hopeless", {"0.3": "drawn", "0.5": "hopeless"})
+    # It is not gone on with.
+    assert [path.name for path in (sweep.path / "checkpoints").iterdir()] == [other.id]
 
 
 def test_of_what_was_broken_off_only_what_can_go_on_is_left_running(sweep):
@@ -217,11 +220,7 @@ def test_one_whose_tickets_were_damaged_runs_again_at_the_same_point(sweep, monk
     for _ in range(3):
         finish(work, drawn(propose(work)))
 
-    def load(path):
-        if path.name == "1" * 16:
-            raise DamagedTicket(path, "it is gone")
-
-    monkeypatch.setattr(tuner, "load_ticket", load)
+    monkeypatch.setattr(tuner, "is_whole", lambda path: path.name != "1" * 16)
     again = begin(sweep)
     assert again.left == 1
     point = propose(again)
@@ -229,6 +228,19 @@ def test_one_whose_tickets_were_damaged_runs_again_at_the_same_point(sweep, monk
     before = told(sweep)
     finish(again, drawn(point))
     assert told(sweep) == before
+
+
+def test_one_whose_damaged_ticket_was_drawn_again_has_ended(sweep, monkeypatch):
+    """Another processor may draw another ticket; the damaged one is neither mended nor proved."""
+    work = begin(sweep)
+    for _ in range(3):
+        finish(work, drawn(propose(work)))
+    finish(work, [ticket("trial1-seed0", "a" * 16, 0.3, MACS // 2, 0.75)])
+    monkeypatch.setattr(tuner, "is_whole", lambda path: path.name != "1" * 16)
+    again = begin(sweep)
+    assert again.left == 2
+    paths = [again.next().config["proof"] for _ in range(2)]
+    assert set(paths) <= {f"tickets/{id * 16}" for id in "02a"}
 
 
 def test_with_one_slot_the_same_seed_proposes_the_same_trajectories(tmp_path):
