@@ -20,7 +20,7 @@ from torch import Tensor
 
 from raytickets import storage
 
-FORMAT = 2
+FORMAT = 3
 """Of what training keeps in them, for what goes on from them to compare."""
 INTERVAL_S = 60.0
 """Between checkpoints within an epoch; spot machines are taken two minutes after their notice."""

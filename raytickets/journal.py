@@ -9,8 +9,8 @@ sweep        name, started (UTC), series (the scheduled one that it is of, if an
 comparison   in place of `sweep`: the same, and penalty, prune_ratios, seeds, methods, as resolved
 check        trajectory, check, epoch (a fraction within one), loss since the last check,
              validation_accuracy (null within an epoch), distances {ratio: distance or null while
-             the window fills}, about_to_draw (a distance is within twice the limit), train_macs
-             and seconds since the trajectory began
+             the window fills; none in the rounds of `iterative`}, about_to_draw (a distance is
+             within twice the limit), train_macs and seconds since the trajectory began
 ticket       trajectory, ticket, path (relative to the sweep), penalty, prune_ratio, learning_rate,
              seed, method, rule, draw_check, draw_epoch, mask_distance, macs, params,
              kept {group: [kept, of]}; rule to mask_distance are null where nothing is drawn, and

@@ -19,7 +19,7 @@ linear layers alone, PyTorch's quantisation-aware training rounds the forward pa
 import copy
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,11 +34,13 @@ from raytickets.cost import Ledger
 from raytickets.draw import Check, Setting, Trajectory, cut_groups, write_ticket
 from raytickets.energy import Meter
 from raytickets.journal import Event
+from raytickets.masks import to_text
 from raytickets.shrink import ChannelGroup, channel_groups, scorer, sensitivity, shrink
-from raytickets.ticket import load_ticket, save_retrained
+from raytickets.ticket import has_lost, load_ticket, save_retrained
 from raytickets.train import epoch_event, fit, retrained_event, seeded
 from raytickets.trajectory import (
     Learner,
+    check_event,
     checks,
     converged,
     dense_network,
@@ -46,6 +48,7 @@ from raytickets.trajectory import (
     ending,
     made_by,
     mask_window,
+    spent,
     until_drawn,
 )
 
@@ -204,7 +207,7 @@ def _progressive(trajectory: Trajectory, network: nn.Module) -> Iterator[list[Ev
 def _iterative(trajectory: Trajectory, network: nn.Module) -> Iterator[list[Event]]:
     setting, whole = trajectory.setting, _everything(trajectory.setting)
     rounds = setting.space.comparison.rounds
-    first = _train(trajectory, network, whole, "all")  # Every prune ratio's.
+    first = yield from _train(trajectory, network, whole, "all", [])  # Every prune ratio's.
     done, states, failure = [first], {}, ""
     for ratio in trajectory.prune_ratios:
         latest, small, mask, chosen, ledger = first, network, whole, whole, first.ledger
@@ -214,7 +217,8 @@ def _iterative(trajectory: Trajectory, network: nn.Module) -> Iterator[list[Even
             narrower, chosen = cut_groups(setting, latest.scores, ratio * number / rounds)
             small, mask = shrink(small, latest.groups, narrower[mask]), narrower
             if number < rounds:
-                latest = _train(trajectory, small, mask, f"{ratio:g}-{number}")
+                name = f"{ratio:g}-{number}"
+                latest = yield from _train(trajectory, small, mask, name, done)
                 done.append(latest)
                 ledger += latest.ledger
         states[ratio] = "diverged" if latest.failure else "drawn"
@@ -224,7 +228,8 @@ def _iterative(trajectory: Trajectory, network: nn.Module) -> Iterator[list[Even
             yield [event | {"search": dataclasses.asdict(ledger)}]
     state = "diverged" if failure else "drawn"
     epochs, macs = sum(part.epochs for part in done), sum(part.train_macs for part in done)
-    yield [ending(trajectory, state, states, epochs, macs, failure)]
+    seconds = sum(part.ledger.seconds for part in done)
+    yield [ending(trajectory, state, states, epochs, macs, failure) | {"seconds": seconds}]
 
 
 @dataclass(frozen=True)
@@ -241,9 +246,16 @@ class _Round:
     failure: str
 
 
-def _train(trajectory: Trajectory, network: nn.Module, mask: Tensor, name: str) -> _Round:
-    """Train the network of a mask to the end, in place, from the round's last checkpoint on."""
-    assert trajectory.recipe is not None
+def _train(
+    trajectory: Trajectory, network: nn.Module, mask: Tensor, name: str, before: Sequence[_Round]
+) -> Generator[list[Event], None, _Round]:
+    """Train the network of a mask to the end, in place, from the round's last checkpoint on.
+
+    Yields the event of every check. They count on from those of the rounds before, and have no
+    distances: masks of other networks are not compared.
+    """
+    recipe = trajectory.recipe
+    assert recipe is not None
     example = trajectory.setting.dataset.shape.example()
     setting = dataclasses.replace(
         trajectory.setting,
@@ -251,15 +263,32 @@ def _train(trajectory: Trajectory, network: nn.Module, mask: Tensor, name: str) 
         dense_macs=cost.macs(network, example.to(trajectory.setting.numerics.device)),
     )
     here, meter = dataclasses.replace(trajectory, setting=setting), setting.meter()
-    learner = Learner(network, trajectory.recipe, mask_window(here))
-    folder, by = setting.sweep / "checkpoints" / trajectory.id / name, made_by(setting)
-    found, failure = checkpoint.load(folder), ""
+    learner = Learner(network, recipe, mask_window(here))
+    folder = setting.sweep / "checkpoints" / trajectory.id / name
+    # Rounds before this one that ran again may have come to another mask.
+    by = made_by(setting) | {"mask": to_text(mask)}
+    found, told, failure = checkpoint.load(folder), [], ""
     if found and found.state["made_by"] == by:
+        told = found.state["told"]
+        yield list(told)
         learner.load(found)
         meter.go_on(found.state["seconds"], found.state["joules"])
 
+    def event(check: Check) -> Event:
+        epochs = len(before) * recipe.epochs
+        counted = dataclasses.replace(
+            check,
+            number=epochs * setting.space.stop_rule.checks_per_epoch + check.number,
+            epoch=epochs + check.epoch,
+            verdicts={},
+        )
+        return check_event(here, counted, {}) | {
+            "train_macs": sum(part.train_macs for part in before) + spent(here, check),
+            "seconds": sum(part.ledger.seconds for part in before) + meter.seconds(),
+        }
+
     def save(keep: int = 2) -> None:
-        state = {"made_by": by, "steps": learner.steps}
+        state = {"made_by": by, "told": list(told), "steps": learner.steps}
         state |= {"seconds": meter.seconds(), "joules": meter.joules()[0]}
         writer.save(learner.tensors(), state, keep=keep)
 
@@ -271,15 +300,18 @@ def _train(trajectory: Trajectory, network: nn.Module, mask: Tensor, name: str) 
         for check in checks(here, learner, due):
             if not check.verdicts:
                 failure = diverged(check)
-            elif check.epoch.is_integer() or writer.due:
+                continue
+            told.append(event(check))
+            yield told[-1:]
+            if check.epoch.is_integer() or writer.due:
                 save(keep=1 if check.last else 2)
-    samples = learner.steps * trajectory.recipe.batch_size
+    samples = learner.steps * recipe.batch_size
     scores = torch.full(mask.shape, -torch.inf)
     scores[mask] = scorer(network, setting.groups)()
     return _Round(
         groups=setting.groups,
         scores=scores,
-        epochs=learner.steps / setting.batches.count(trajectory.recipe.batch_size),
+        epochs=learner.steps / setting.batches.count(recipe.batch_size),
         train_macs=cost.training_macs(setting.dense_macs, samples),
         ledger=_ledger(meter, setting.dense_macs, samples),
         failure=failure,
@@ -342,7 +374,7 @@ def retrain_alone(setting: Setting, path: Path) -> Iterator[list[Event]]:
     found = checkpoint.load(folder)
     damaged = found.damaged if found else checkpoint.generations(folder)
     newest = found.number if found else 0
-    if found and found.state["made_by"] != by:
+    if found and (found.state["made_by"] != by or has_lost(setting.sweep, found.state["told"])):
         found = None
     told, attempt = (found.state["told"], found.state["attempt"]) if found else ([], 0)
     if damaged:

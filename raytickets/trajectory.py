@@ -21,7 +21,7 @@ from raytickets.earlybird import MaskWindow
 from raytickets.journal import Event
 from raytickets.models import build_network
 from raytickets.shrink import channel_groups, gammas, scorer, shrink
-from raytickets.ticket import DamagedTicket, load_ticket, package_versions
+from raytickets.ticket import is_whole, package_versions
 from raytickets.train import SGD, accuracy, check_steps, fit, numerics
 
 
@@ -185,7 +185,7 @@ def until_drawn(
         for check in checks(trajectory, learner, keep):
             outcome, reason, events = "not converged", "", []
             if check.verdicts:
-                events.append(_check_event(trajectory, check, states))
+                events.append(check_event(trajectory, check, states))
                 waiting = [ratio for ratio in trajectory.prune_ratios if states[ratio] != "drawn"]
                 drawn = [ratio for ratio in waiting if due(check, ratio)]
                 states |= dict.fromkeys(drawn, "drawn")
@@ -246,16 +246,9 @@ def made_by(setting: Setting) -> dict[str, Any]:
 
 def _usable(found: Checkpoint, by: Mapping[str, Any], sweep: Path) -> bool:
     """Whether it was made by the same, and every ticket it tells of is whole."""
-    if found.state["made_by"] != by:
-        return False
-    try:
-        for events in found.state["told"]:
-            for event in events:
-                if event["event"] == "ticket":
-                    load_ticket(sweep / event["path"])
-    except DamagedTicket:
-        return False
-    return True
+    told = [event for events in found.state["told"] for event in events]
+    tickets = [event["path"] for event in told if event["event"] == "ticket"]
+    return found.state["made_by"] == by and all(is_whole(sweep / path) for path in tickets)
 
 
 class Learner:
@@ -380,7 +373,8 @@ def spent(trajectory: Trajectory, check: Check) -> int:
     return cost.training_macs(trajectory.setting.dense_macs, check.samples)
 
 
-def _check_event(trajectory: Trajectory, check: Check, states: Mapping[float, str]) -> Event:
+def check_event(trajectory: Trajectory, check: Check, states: Mapping[float, str]) -> Event:
+    """What is told of a check; `states` has `drawn` for ratios that were drawn before it."""
     limit = trajectory.setting.space.stop_rule.limit
     return {
         "event": "check",

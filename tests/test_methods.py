@@ -112,14 +112,28 @@ def test_every_source_ends_with_its_trajectory(compared):
     for source in sources(SPACE):
         checks = [e for e in select(events, "check") if e["trajectory"] == source.id]
         assert ends[source.id]["method"] == source.kind
-        assert ends[source.id]["distances_matrix"]["epochs"] == [e["epoch"] for e in checks]
-        assert bool(checks) == (source.kind in ("early_bird", "progressive", "low_precision"))
+        compared_masks = ends[source.id]["distances_matrix"]["epochs"]
+        assert compared_masks == [e["epoch"] for e in checks if e["distances"]]
+        assert bool(checks) == (source.kind not in ("dense", "snip"))
 
 
 def test_progressive_records_distances_and_does_not_stop(compared):
     _, events = compared
     checks = [e for e in select(events, "check") if e["trajectory"].startswith("progressive")]
     assert [check["epoch"] for check in checks] == [1, 2, 3, 4]
+
+
+def test_iterative_counts_on_from_network_to_network(compared):
+    _, events = compared
+    checks = [e for e in select(events, "check") if e["trajectory"].startswith("iterative")]
+    (end,) = (e for e in select(events, "trajectory") if e["method"] == "iterative")
+    # One network for both ratios, and two more for each.
+    epochs = list(range(1, 4 * 5 + 1))
+    assert [check["check"] for check in checks] == [check["epoch"] for check in checks] == epochs
+    spent = [check["train_macs"] for check in checks]
+    assert spent == sorted(set(spent))
+    assert spent[-1] == end["train_macs"]
+    assert not any(check["about_to_draw"] or check["distances"] for check in checks)
 
 
 def test_sources_are_those_that_the_methods_need():
@@ -369,9 +383,9 @@ def test_ratios_that_share_a_source_pay_to_their_own_end(found):
 def test_iterative_pays_for_each_of_its_networks(dataset, tmp_path, monkeypatch):
     rounds, original = [], methods._train
 
-    def recorded(trajectory, network, mask, name):
+    def recorded(trajectory, network, mask, *rest):
         rounds.append((cost.macs(network, torch.zeros(1, 1, 8, 8)), mask))
-        return original(trajectory, network, mask, name)
+        return original(trajectory, network, mask, *rest)
 
     monkeypatch.setattr(methods, "_train", recorded)
     # Rounding up could give back all that a round cuts off.
@@ -399,7 +413,12 @@ def test_a_round_scores_the_channels_that_are_left(dataset, tmp_path, dense):
     width = sum(group.width for group in groups)
     mask = torch.rand(width, generator=seeded("mask")) < 0.5
     small = shrink(network, groups, mask)
-    done = methods._train(trajectory, small, mask, "0.5-1")
+    training, done = methods._train(trajectory, small, mask, "0.5-1", []), None
+    while done is None:
+        try:
+            next(training)
+        except StopIteration as returned:
+            done = returned.value
     assert (done.scores[~mask] == -torch.inf).all()
     assert torch.equal(
         done.scores[mask], scorer(small, channel_groups(small, torch.zeros(1, 1, 8, 8)))()
@@ -555,7 +574,7 @@ def begun_again_and_again(begin, whole):
     return told
 
 
-@pytest.mark.parametrize("kind", ["early_bird", "low_precision", "progressive"])
+@pytest.mark.parametrize("kind", ["early_bird", "low_precision", "progressive", "iterative"])
 def test_a_source_that_was_stopped_is_as_one_that_never_was(dataset, tmp_path, kind):
     space = changed(
         comparison={"rewind": 1},

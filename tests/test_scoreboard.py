@@ -138,12 +138,14 @@ def test_a_terminal_shows_distances_until_a_ticket_is_drawn():
     events = [
         check("early_bird", 0, 5.0, {"0.3": 0.5, "0.5": None}),
         check("progressive", 0, 1.0, {"0.3": None, "0.5": None}),
+        check("iterative", 0, 7.0, {}),
         ticket("early_bird", 0.3, 0),
         check("early_bird", 0, 6.0, {"0.3": 0.125, "0.5": 0.75}),
     ]
     text = shown(events)
     assert rows(text)[source("early_bird", 0)] == ["6", "50.0%", "@6", "0.75"]
     assert rows(text)[source("progressive", 0)] == ["1", "50.0%", "-", "-"]
+    assert rows(text)[source("iterative", 0)] == ["7", "50.0%", "-", "-"]
     assert "0 of 9 sources of tickets have ended." in text
 
 
