@@ -13,19 +13,22 @@ import sys
 from importlib.metadata import version
 from json import dumps
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from raytickets.config import InputError, SearchSpace
-from raytickets.journal import NAME
+from raytickets.journal import NAME, Event
 from raytickets.lease import Held, hold
 from raytickets.plan import Kind, check_services, check_store, default_name, opened
 from raytickets.spaces import built_in, load_space
 from raytickets.storage import address as shown
 from raytickets.sweep import Sweep, place
+
+if TYPE_CHECKING:
+    from raytickets.console import Display
 
 BAD_INPUT, FAILED, HELD, INTERRUPTED = 2, 3, 4, 130
 """Exit codes besides 0, which means that everything asked for was done."""
@@ -62,6 +65,10 @@ Store = Annotated[
         metavar="URI",
         help="the MLflow store; else MLFLOW_TRACKING_URI, else sqlite:///mlflow.db here",
     ),
+]
+Recorded = Annotated[
+    str | None,
+    arg(metavar="URI", help="the MLflow store; else the one that the sweep was recorded in"),
 ]
 Images = Annotated[
     str | None, arg(metavar="FOLDER", help="the folder of the images, in place of the space's own")
@@ -184,16 +191,13 @@ def _run(
             folder = plan.folder
             print(f"{kind} {folder.name} in {shown(folder)}", *plan.notes, sep="\n", flush=True)
 
-            from raytickets.console import Progress
             from raytickets.driver import SweepFailed, interruptible, run
-            from raytickets.scoreboard import Scoreboard, table_of
+            from raytickets.scoreboard import table_of
             from raytickets.tracking import resolve_uri, tickets_address, ui_command
 
             gc.enable()
-            compared = kind == "comparison"
-            display = Scoreboard(console, plan.opening) if compared else Progress(console, space)
             try:
-                with interruptible(again), display:
+                with interruptible(again), _display(console, plan.opening, space) as display:
                     sweep = run(plan, uri, display, address=address)
             except SweepFailed as error:
                 print(f"raytickets: {error}", file=sys.stderr)
@@ -209,6 +213,16 @@ def _run(
     if code == 0:
         print(f"  {tickets_address(uri, space.name, kind, folder.name)}")
     return code
+
+
+def _display(console: Console, opening: Event, space: SearchSpace) -> "Display":
+    """What shows a sweep or a comparison that began so."""
+    from raytickets.console import Progress
+    from raytickets.scoreboard import Scoreboard
+
+    if opening["event"] == "comparison":
+        return Scoreboard(console, opening | {"space": space.as_dict()})
+    return Progress(console, space)
 
 
 def _again(name: str) -> str:
@@ -266,7 +280,7 @@ def retrain(
     epochs: Annotated[int | None, arg(metavar="N")] = None,
     weights: Annotated[Literal["inherit", "reinit"] | None, arg(metavar="inherit|reinit")] = None,
     address: Ray = None,
-    tracking_uri: Store = None,
+    tracking_uri: Recorded = None,
 ) -> int:
     """Retrain one ticket of a sweep, with the sweep's recipe and on its data.
 
@@ -276,25 +290,24 @@ def retrain(
     """
     path = _ticket(ticket)
     sweep = Sweep(path.parent.parent)
-    space = sweep.space()
+    opening, space = sweep.opening(), sweep.space()
     if epochs is not None:
         space = space.with_retraining(epochs=epochs)
     check_services(address, tracking_uri)
 
-    from raytickets.console import Progress
     from raytickets.driver import SweepFailed, interruptible, retrain_ticket
     from raytickets.ticket import DamagedTicket
 
     gc.enable()
     line = "interrupted; the same command goes on"
     try:
-        with interruptible(line), Progress(Console(), space) as progress:
+        with interruptible(line), _display(Console(), opening, space) as display:
             done = retrain_ticket(
                 path,
                 epochs=epochs,
                 weights=weights,
                 tracking_uri=tracking_uri,
-                observer=progress,
+                observer=display,
                 address=address,
             )
     except DamagedTicket as error:
@@ -310,12 +323,8 @@ def retrain(
 
 
 @app.command
-def sync(sweep: Found, *, tracking_uri: Annotated[str | None, arg(metavar="URI")] = None) -> int:
-    """Deliver to MLflow what it has not got of a sweep or a comparison; as often as you like.
-
-    Args:
-        tracking_uri: the MLflow store; else the one that the sweep was recorded in.
-    """
+def sync(sweep: Found, *, tracking_uri: Recorded = None) -> int:
+    """Deliver to MLflow what it has not got of a sweep or a comparison; as often as you like."""
     found = _sweep(sweep)
     found.opening()
     if tracking_uri:

@@ -364,6 +364,8 @@ def is_server(uri: str) -> bool:
 
 
 def without_user(uri: str) -> str:
+    if _database(uri):  # A file's path may hold an @.
+        return uri
     return re.sub(r"(://)\S*@", r"\1", uri)
 
 

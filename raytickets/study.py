@@ -26,7 +26,7 @@ from optuna.trial import BaseTrial, TrialState
 from raytickets import storage
 from raytickets.config import InputError, Range, SearchSpace
 from raytickets.config import Optuna as Settings
-from raytickets.halving import hypervolume
+from raytickets.halving import drawn, hypervolume
 from raytickets.journal import NAME, Event, read_journal
 from raytickets.trajectory import Point
 
@@ -96,9 +96,11 @@ def open_storage(space: SearchSpace, sweep: Path) -> RDBStorage:
 
 def _with_secrets(url: str) -> str:
     """The URL with the values of environment variables for each `${NAME}`."""
-    for name in re.findall(r"\$\{(\w+)\}", url):
-        if name not in os.environ:
-            raise InputError("optuna.storage", url, f"the environment variable {name} is not set")
+    names = set(re.findall(r"\$\{(\w+)\}", url))
+    if missing := sorted(names - os.environ.keys()):
+        allowed = f"the environment variable {missing[0]} is not set"
+        raise InputError("optuna.storage", url, allowed)
+    for name in names:
         url = url.replace(f"${{{name}}}", quote(os.environ[name], safe=""))
     return url
 
@@ -148,8 +150,7 @@ def outcome(space: SearchSpace, dense_macs: int, events: Iterable[Event]) -> lis
     ended = [event["state"] for event in events if event["event"] == "trajectory"]
     if ended and ended[-1] in ("diverged", "failed"):
         return None
-    tickets = {event["ticket"]: event for event in events if event["event"] == "ticket"}.values()
-    points = [(ticket["proof_accuracy"], ticket["macs"] / dense_macs) for ticket in tickets]
+    points = [(t["proof_accuracy"], t["macs"] / dense_macs) for t in drawn(events)]
     if settings(space).objective == "hypervolume":
         return [hypervolume([a for a, _ in points], [s for _, s in points])]
     best = max(points, key=lambda point: (hypervolume(*zip(point)), point), default=None)

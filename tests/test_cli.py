@@ -355,6 +355,25 @@ def test_a_ticket_is_retrained_with_what_was_asked_for(found, cli, monkeypatch):
     ]
 
 
+def test_a_ticket_of_a_comparison_is_retrained_too(found, cli, monkeypatch):
+    """What is told first is the comparison's journal."""
+    events = made_up_comparison.finished()
+    sweep = write(found.path.parent.parent.parent / "duel", events)
+    path = shutil.copytree(found.path, sweep / "tickets" / found.id)
+
+    def retrain_ticket(_, observer, **__):
+        for event in events:
+            observer(event)
+        observer(made_up_comparison.epoch("random", 0.3, 1, 5))
+        return retrained(found.id, 350_000, 1, 0.975)
+
+    stand_in_for_ray(monkeypatch, retrain_ticket)
+    code, output, errors = cli("retrain", str(path), "--epochs", "5")
+    shutil.rmtree(sweep)
+    assert (code, errors) == (0, "")
+    assert "retraining random at prune ratio 0.3, seed 1  epoch 5/5  validation 97.0%" in output
+
+
 def test_a_retraining_that_fails_is_told(found, cli, monkeypatch):
     def retrain_ticket(*_, **__):
         raise Failed("retraining failed: the worker died")

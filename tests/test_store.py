@@ -16,7 +16,14 @@ from obstore.store import MemoryStore
 
 from raytickets import storage
 from raytickets.config import InputError
-from raytickets.store import TOKEN, Store, prepare_store, recorded_uri, resolve_uri
+from raytickets.store import (
+    TOKEN,
+    Store,
+    prepare_store,
+    recorded_uri,
+    resolve_uri,
+    without_user,
+)
 from raytickets.tracking import Tracker, tickets_address, ui_command
 
 
@@ -139,6 +146,18 @@ def test_what_ties_a_sweep_at_an_address_to_its_runs_is_the_same_on_every_machin
 def test_no_password_is_shown():
     assert ui_command("http://me:hidden@host:5000") == "http://host:5000"
     assert "hidden" not in ui_command("postgresql://me:hidden@host/mlflow")
+
+
+@pytest.mark.parametrize(
+    ("uri", "kept"),
+    [
+        ("https://me:secret@mlflow.example/x", "https://mlflow.example/x"),
+        ("postgresql://me:a/b@host/db", "postgresql://host/db"),
+        ("sqlite:////home/me@example.org/mlflow.db", "sqlite:////home/me@example.org/mlflow.db"),
+    ],
+)
+def test_the_user_of_a_server_is_not_kept_and_a_path_is(uri, kept):
+    assert without_user(uri) == kept
 
 
 def champion(client: MlflowClient) -> ModelVersion:

@@ -279,6 +279,10 @@ def test_no_password_is_in_a_refusal(tmp_path, monkeypatch):
         study.open_storage(space(storage=url), tmp_path)
     assert "sesame" not in str(refused.value)
     assert "\n" not in str(refused.value)
+    # Neither if it is the other variable that there is not.
+    with pytest.raises(InputError, match="NO_SUCH_HOST is not set") as refused:
+        study.open_storage(space(storage=url.replace("127.0.0.1", "${NO_SUCH_HOST}")), tmp_path)
+    assert "sesame" not in str(refused.value)
 
 
 def test_a_sweep_whose_study_is_gone_is_refused(tmp_path):
