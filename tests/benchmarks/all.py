@@ -3,7 +3,7 @@
     uv run python tests/benchmarks/all.py --cifar FOLDER
 
 FOLDER is CIFAR-10 as train/<class>/<image> and test/<class>/<image>. Takes hours with the default
-of 5 runs, as rival A alone takes most of an hour; `--only sharing masks` measures some, `--runs`
+of 5 runs, as rival A alone takes over an hour; `--only sharing masks` measures some, `--runs`
 changes how often. Nothing else should run on the machine.
 """
 

@@ -1,6 +1,7 @@
 """What needs a GPU: VGG16 on CIFAR-10 at batch 256, in at most 10 minutes and without Ray.
 
     uv run python tests/benchmarks/gpu.py --cifar FOLDER
+    PYTHONPATH=. python tests/benchmarks/gpu.py --cifar FOLDER     # in an environment of yours
 
 The CUDA parts have not been run yet: written on a machine without a GPU, where
 `--device cpu --tiny` proves the rest (1/16 width, 256 images; its figures mean nothing) and

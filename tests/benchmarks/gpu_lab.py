@@ -123,7 +123,12 @@ class Lab:
         """A function that trains the next epoch as a trajectory does; it returns the mean loss."""
         network = self.place(network)
         optimizer, how, numbers = SGD(network, MOMENTUM, DECAY), self.numerics(network), count()
-        return lambda: train(network, optimizer, *self.epoch(next(numbers)), how, penalty)
+
+        def epoch() -> float:
+            losses = train(network, optimizer, *self.epoch(next(numbers)), how, penalty)
+            return losses.item() / self.steps
+
+        return epoch
 
     def graphed(self, network: nn.Module, penalty: float = PENALTY) -> Callable[[], float]:
         """As `trajectory`, by replays of a CUDA graph of the step."""

@@ -2,8 +2,9 @@
 
     uv run python tests/benchmarks/masks.py
 
-One check of `MaskWindow`, from the network's BatchNorm scales to the verdicts, against one look by
-16 objects of the authors' class, interleaved, on one thread and with full windows.
+One check of a trajectory, from the network's BatchNorm scales to the channels' scores and the
+verdicts, against one look by 16 objects of the authors' class, interleaved, on one thread and with
+full windows.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from torch import nn
 from raytickets.config import Network, StopRule
 from raytickets.earlybird import MaskWindow
 from raytickets.models import build_network
-from raytickets.shrink import gammas
+from raytickets.shrink import channel_groups, gammas, scorer
 
 RATIOS = tuple(place / 20 for place in range(2, 18))
 
@@ -31,13 +32,15 @@ def main() -> None:
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight)
+    score = scorer(network, channel_groups(network, torch.zeros(1, 3, 32, 32)))
     windows = {rule: MaskWindow(StopRule(rule), RATIOS) for rule in ("paper", "corrected")}
     watchers = [EarlyBird(ratio) for ratio in RATIOS]
 
     def check(window: MaskWindow):
         # Ten at a time, as one is near the clock's resolution.
         for _ in range(10):
-            window.check(gammas(network).cpu())
+            scores = score()
+            window.check(gammas(network).cpu() if window.rule.rule == "paper" else scores)
 
     def authors():
         for watcher in watchers:

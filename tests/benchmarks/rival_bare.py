@@ -112,12 +112,13 @@ def trajectories(settings, arrays, runs, bfloat16, channels_last) -> list[dict]:
     done = []
     for penalty, epochs in runs:
         bare, seconds = Bare(settings, arrays, penalty, bfloat16, channels_last), []
-        accuracy = None
+        accuracy, ends = None, []
         for _ in range(epochs):
             seconds.append(bare.epoch())
             accuracy = bare.accuracy() if settings.validation else None
+            ends.append(time.time())
         epoch = median(seconds[1:] or seconds)
-        found = {"penalty": penalty, "epochs": epochs, "epoch_seconds": epoch}
+        found = {"penalty": penalty, "epochs": epochs, "epoch_seconds": epoch, "ends": ends}
         done.append(found | {"validation_accuracy": accuracy})
     return done
 
@@ -137,11 +138,13 @@ def main() -> None:
     with ProcessPoolExecutor(len(lists), multiprocessing.get_context("fork")) as pool:
         jobs = [pool.submit(trajectories, chosen, arrays, runs, *numerics) for runs in lists]
         done = [found for job in jobs for found in job.result()]
+    ends = [end for found in done for end in found.pop("ends")]
     wall, age = time.perf_counter() - started, process_age()
     bare = Bare(chosen, arrays, 0.0, *numerics)
     began = time.perf_counter()
     sum(1 for _ in bare.batches())
     found = {"rival": "bare", "seconds": wall, "seconds_with_imports": age}
+    found["between_seconds"] = max(ends) - min(ends)
     found |= {"decode_seconds": decoded, "data_seconds": time.perf_counter() - began}
     print(json.dumps(found | {"trajectories": done}))
 

@@ -20,11 +20,11 @@ from rivals import Settings
 from timing import HEADER, interleave, machine, ratio, row
 
 from raytickets.batches import Batches
-from raytickets.config import Data, Network
+from raytickets.config import Data, Network, Training
 from raytickets.cost import macs, training_macs
 from raytickets.data import load_data
 from raytickets.models import build_network
-from raytickets.train import SGD, numerics, seeded, train
+from raytickets.train import SGD, fit, numerics, train
 
 NETWORKS = {
     "ResNet-20": ("cifar_resnet", {"depth": 20}),
@@ -56,12 +56,15 @@ def our_epoch(batches: Batches, network: Network):
     """A function that trains one epoch as a trajectory does; its seconds."""
     built = build_network(network, in_channels=3, num_classes=10, seed=0)
     how = numerics("auto", True, built)
-    optimizer = SGD(how.place(built), 0.9, 1e-4)
-    rates = [0.05] * batches.count(64)
+    recipe = Training(epochs=1000, batch_size=64, learning_rate=0.05)
+    optimizer = SGD(how.place(built), recipe.momentum, recipe.weight_decay)
+    parts = fit(built, optimizer, batches, recipe, ("benchmark",), how, penalty=1e-4)
 
     def run() -> float:
         started = time.perf_counter()
-        train(built, optimizer, batches.training(64, seeded(0)), rates, how, penalty=1e-4)
+        for steps, _ in parts:
+            if steps % batches.count(64) == 0:
+                break
         return time.perf_counter() - started
 
     return run, how
