@@ -19,9 +19,10 @@ class Batches:
     """Batches of the three splits: images, float32 [N, channels, height, width] with the channels
     innermost in memory, normalised by the data set's mean and deviation; and labels, int64 [N].
 
-    A split in memory is read where it lies, or moved to a GPU once. Image files are decoded by
-    `data.loader_workers` processes, which end with this object; batches are the same either way.
-    A file that cannot be decoded raises InputError when its batch is due.
+    A split in memory is read where it lies, or moved to a GPU once if it takes up to a quarter of
+    what this process may use there, all splits together; else batch by batch. Image files are
+    decoded by `data.loader_workers` processes, which end with this object; batches are the same
+    either way. A file that cannot be decoded raises InputError when its batch is due.
     """
 
     def __init__(self, dataset: DataSet, data: Data, device: torch.device | str = "cpu"):
@@ -31,11 +32,13 @@ class Batches:
         self.random_resized_crop = data.random_resized_crop
         splits = {name: getattr(dataset, name) for name in ("train", "validation", "test")}
         self._labels = {name: _tensor(splits[name].labels).to(device) for name in splits}
-        self._images = {
-            name: _tensor(split.images).to(device)
-            for name, split in splits.items()
-            if isinstance(split, Images)
-        }
+        self._images, room = {}, _room(self.device)
+        for name, split in splits.items():
+            if isinstance(split, Images):
+                images = _tensor(split.images)
+                fits = images.nbytes <= room
+                room -= images.nbytes if fits else 0
+                self._images[name] = images.to(device) if fits else images
         files = {name: split for name, split in splits.items() if isinstance(split, Files)}
         self._decoders = Decoders(files, data.loader_workers, pin=self.device.type == "cuda")
         scale = 1 / torch.tensor(dataset.deviation)
@@ -104,8 +107,12 @@ class Batches:
         With seeds, one for each image of the split, they are random parts of the files' images.
         """
         if split in self._images:
-            for batch in places.to(self.device).split(size):
-                yield self._images[split].index_select(0, batch)
+            images = self._images[split]
+            for batch in places.to(images.device).split(size):
+                found = images.index_select(0, batch)
+                if images.device.type != self.device.type:
+                    found = found.pin_memory().to(self.device, non_blocking=True)
+                yield found
         else:
             for images in self._decoders.decode(split, places, size, seeds):
                 yield images.to(self.device, non_blocking=True)
@@ -113,6 +120,14 @@ class Batches:
     def _normalise(self, images: Tensor) -> Tensor:
         rows = images.view(-1, len(self._scale)).float().mul_(self._scale).add_(self._shift)
         return rows.view(images.shape).permute(0, 3, 1, 2)
+
+
+def _room(device: torch.device) -> float:
+    """Bytes of images that may lie on a device."""
+    if device.type != "cuda":
+        return float("inf")
+    share = torch.cuda.get_per_process_memory_fraction()
+    return share * torch.cuda.get_device_properties(device).total_memory / 4
 
 
 def crop(images: Tensor, padding: int, down: Tensor, right: Tensor) -> Tensor:

@@ -468,8 +468,8 @@ class Resources:
         _whole("resources.cpus_per_trial", self.cpus_per_trial, 1)
         if self.gpus_per_trial is not None:
             _not_negative("resources.gpus_per_trial", self.gpus_per_trial)
-            if self.gpus_per_trial > 1 and self.gpus_per_trial % 1:
-                allowed = "must be a whole number above 1, as Ray only shares single GPUs"
+            if self.gpus_per_trial > 1:
+                allowed = "must be at most 1: a trajectory trains on one GPU"
                 raise InputError("resources.gpus_per_trial", self.gpus_per_trial, allowed)
         if self.watts is not None:
             _positive("resources.watts", self.watts)

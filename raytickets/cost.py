@@ -42,12 +42,14 @@ def training_macs(forward_macs: int, samples: int) -> int:
 def latencies(networks: Sequence[nn.Module], example: Tensor, repeats: int = 50) -> list[float]:
     """Median milliseconds of each network's forward pass, in eval mode, which they are left in.
 
-    The networks take turns, so that whatever else the machine does slows all of them alike.
+    The networks take turns, forwards and backwards, so that whatever else the machine does slows
+    all of them alike.
     example is float [N, channels, height, width] on the networks' device.
     """
     times: list[list[float]] = [[] for _ in networks]
+    turns = list(zip(networks, times, strict=True))
     for repeat in range(-5, repeats):
-        for network, taken in zip(networks, times, strict=True):
+        for network, taken in turns[:: 1 if repeat % 2 else -1]:
             network.eval()
             _wait(example)
             started = time.perf_counter()

@@ -215,7 +215,8 @@ def _iterative(trajectory: Trajectory, network: nn.Module) -> Iterator[list[Even
             if latest.failure:
                 break
             narrower, chosen = cut_groups(setting, latest.scores, ratio * number / rounds)
-            small, mask = shrink(small, latest.groups, narrower[mask]), narrower
+            small = setting.numerics.place(shrink(small, latest.groups, narrower[mask]))
+            mask = narrower
             if number < rounds:
                 name = f"{ratio:g}-{number}"
                 latest = yield from _train(trajectory, small, mask, name, done)

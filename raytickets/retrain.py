@@ -322,10 +322,12 @@ def _retrain_one(space: SearchSpace, job: Job, dataset: DataSet, sweep: Path, qu
         best = _part(found.tensors, "best.")
         losses.copy_(found.tensors["losses"])
         started -= found.state["seconds"]
-    # Without find_unused_parameters DistributedDataParallel puts gradients into other buckets
+    # Buffers are needed at an epoch's end alone, and not before every step as by default. And
+    # without find_unused_parameters DistributedDataParallel puts gradients into other buckets
     # after its first step, and with three workers or more the sums of a group that was started
     # again would differ in the last bit.
-    parallel = prepare_model(network, parallel_strategy_kwargs={"find_unused_parameters": True})
+    options = {"find_unused_parameters": True, "forward_sync_buffers": False}
+    parallel = prepare_model(network, parallel_strategy_kwargs=options)
     for tensor in (losses, *optimizer.velocity):
         _from_first_worker(tensor, world)
     share = len(range(rank, batch, world)) / batch

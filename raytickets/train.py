@@ -96,7 +96,9 @@ class SGD:
         """Go on from the `state` of an optimizer of a network of the same shape."""
         for place, velocity in enumerate(self.velocity):
             velocity.copy_(state[f"velocity.{place}"])
-        self._generator.set_state(state["rounding"])
+        # That of another kind of device has another size. Float32 weights draw nothing from it.
+        if state["rounding"].shape == self._generator.get_state().shape:
+            self._generator.set_state(state["rounding"])
 
 
 def _widened(tensors: list[Tensor]) -> list[Tensor]:

@@ -38,7 +38,8 @@ class Trial(tune.Trainable):
     ) -> None:
         torch.set_num_threads(cpus)
         if 0 < gpus < 1:
-            torch.cuda.set_per_process_memory_fraction(gpus)
+            # What CUDA itself takes in every process comes on top.
+            torch.cuda.set_per_process_memory_fraction(0.9 * gpus)
         self._setting = prepare(space, dataset, sweep, "cuda" if gpus else "cpu")
         self.reset_config(config)
 

@@ -350,9 +350,9 @@ def test_what_is_not_there_or_damaged(folder, refusal, words, said):
             r"resources\.cpus_per_trial: 64 .* no machine of the cluster has over 2",
         ),
         (
-            {"resources": "Resources(gpus_per_trial=64)"},
+            {"resources": "Resources(gpus_per_trial=1)"},
             "",
-            r"resources\.gpus_per_trial: 64 .* no machine of the cluster has over \d",
+            r"resources\.gpus_per_trial: 1 .* no machine of the cluster has over 0",
         ),
         (
             {"retraining": "Retraining(epochs=5, batch_size=8, num_workers=8)"},

@@ -66,6 +66,18 @@ def test_an_epoch_has_every_image_once_and_workers_share_each_batch():
         assert [part.tolist() for part in parts] == [batch[0::2].tolist(), batch[1::2].tolist()]
 
 
+def test_what_does_not_fit_on_a_device_goes_there_batch_by_batch(monkeypatch):
+    """On torch's device that holds nothing, as there may be no GPU."""
+    images = np.arange(40, dtype=np.uint8).reshape(40, 1, 1, 1)
+    monkeypatch.setattr("raytickets.batches._room", lambda _: 100)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    batches = Batches(one_image_set(images), Data("digits"), "meta")
+    places = [images.device.type for images in batches._images.values()]
+    assert places == ["meta", "meta", "cpu"]
+    for split in ("train", "test"):
+        assert [image.device.type for image, _ in batches.evaluation(split, 16)] == ["meta"] * 3
+
+
 @given(total=st.integers(2, 80), size=st.integers(2, 30), seed=st.integers(0, 9), data=st.data())
 def test_any_number_of_workers_has_the_batches_of_one(total, size, seed, data):
     """No image is lost or doubled, and a batch stays as large as it was."""

@@ -406,7 +406,7 @@ def test_one_ticket_can_be_retrained_again(sweep, store, tmp_path, monkeypatch):
     ("resources", "field"),
     [
         (Resources(cpus_per_trial=512), r"resources\.cpus_per_trial: 512"),
-        (Resources(gpus_per_trial=64), r"resources\.gpus_per_trial: 64"),
+        (Resources(gpus_per_trial=1), r"resources\.gpus_per_trial: 1 "),
     ],
 )
 @pytest.mark.usefixtures("ray_instance")

@@ -77,7 +77,7 @@ def test_a_fixed_machine_is_asked_for_what_it_has(room, machines, autoscaler):
 
 @pytest.mark.parametrize(
     ("gpus", "has", "slots", "workers"),
-    [(None, 2.0, 2, 2), (0.25, 2.0, 4, 2), (0.0, 2.0, 4, 4), (None, 0.0, 4, 4), (2, 2.0, 1, 2)],
+    [(None, 2.0, 2, 2), (0.25, 2.0, 4, 2), (0.0, 2.0, 4, 4), (None, 0.0, 4, 4)],
 )
 def test_one_gpu_each_where_there_are_any(room, machines, autoscaler, gpus, has, slots, workers):
     machines([{"CPU": 4.0, "GPU": has}])

@@ -21,7 +21,7 @@ def test_halving_judges_after_whole_epochs_and_none_that_is_about_to_draw(check,
     assert ("accuracy" in trial.step()) == judged
 
 
-@pytest.mark.parametrize(("gpus", "guards"), [(0.25, [0.25]), (1.0, []), (0.0, [])])
+@pytest.mark.parametrize(("gpus", "guards"), [(0.25, [0.225]), (1.0, []), (0.0, [])])
 def test_trials_that_share_a_gpu_share_its_memory(monkeypatch, tmp_path, gpus, guards):
     asked, devices = [], []
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", asked.append)
