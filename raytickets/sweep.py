@@ -102,7 +102,9 @@ class Sweep:
         tickets = {e["ticket"]: e for e in proved(events)}
         trajectories = {e["trajectory"]: e for e in select(events, "trajectory")}
         retrained = own_retrainings(opening, events)
-        winners = [id for e in select(events, "winners")[-1:] for id in e["tickets"]]
+        winners = [
+            id for e in select(events, "winners")[-1:] for id in e["tickets"] if id in tickets
+        ]
 
         shared_macs = sum(e["train_macs"] for e in trajectories.values())
         proof_macs = sum(e["proof_macs"] for e in tickets.values())

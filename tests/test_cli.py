@@ -17,7 +17,6 @@ import torch
 from made_up_space import Failed, source, stand_in_for_ray
 from made_up_sweep import (
     FINISHED,
-    HIGH,
     LOW,
     OPENING,
     SMALL,
@@ -68,7 +67,7 @@ def made(tmp_path_factory):
     }
     sweep = path / "sweeps" / "first"
     saved = save_ticket(sweep / "tickets", shrink(dense, groups, mask), manifest)
-    write(sweep, [*FINISHED, ticket(HIGH, saved.id, 0.5, 350_000, 0.96, epoch=10.0)])
+    write(sweep, [*FINISHED, ticket(LOW, saved.id, 0.5, 350_000, 0.96)])
     return path, saved
 
 

@@ -141,6 +141,7 @@ def retraining(run: str, macs: int, test_accuracy: float) -> list[Event]:
         "train_macs": 9 * macs,
         "seconds": 12.5,
         "num_workers": 1,
+        "recipe": SPACE.as_dict()["retraining"],
     }
     return [*epochs, done]
 
@@ -354,7 +355,8 @@ def test_artifacts(tracked: Any, client: MlflowClient, tmp_path: Path):
     everywhere = {"space.json", "mask_distance.png"}
     assert artifacts(client, runs[LOW]) == everywhere | {"mask_distance_matrix.png"}
     assert artifacts(client, runs[HIGH]) == everywhere
-    assert artifacts(client, runs["aaaa"]) == everywhere | {"ticket", "kept_channels.png"}
+    of_ticket = {"ticket", "kept_channels.png", "retraining.json"}
+    assert artifacts(client, runs["aaaa"]) == everywhere | of_ticket
     shown = {"space.json", "tickets.json", "accuracy_against_macs.png"}
     assert artifacts(client, runs["sweep"]) == shown
     path = client.download_artifacts(runs["aaaa"].info.run_id, "ticket", str(tmp_path))
