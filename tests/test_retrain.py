@@ -398,7 +398,8 @@ from ray.cluster_utils import Cluster
 from raytickets import retrain as module
 from raytickets.config import *
 from raytickets.data import load_data
-from raytickets.retrain import DENSE, Job, NoRoom, ScalingConfig, retrain, worker_count
+from raytickets.retrain import DENSE, Job, ScalingConfig, retrain, worker_count
+from raytickets.room import NoRoom
 
 module.ScalingConfig = functools.partial(ScalingConfig, elastic_resize_monitor_interval_s=3)
 folder, asked, here, there, epochs = sys.argv[1:]
