@@ -8,7 +8,7 @@ from typing import Any
 
 from raytickets import comparison, storage
 from raytickets.config import InputError, SearchSpace
-from raytickets.halving import proved
+from raytickets.halving import drawn, proved
 from raytickets.journal import NAME, Event, read_journal
 
 
@@ -248,12 +248,14 @@ def select(events: Iterable[Event], kind: str) -> list[Event]:
 
 
 def own_retrainings(opening: Event, events: Iterable[Event]) -> dict[str, Event]:
-    """What came of each run by the sweep's recipe, not by one that `raytickets retrain` was told.
+    """What came of the dense network and each ticket that counts, the newest `retrained` events.
 
-    These are the newest `retrained` events.
+    By the sweep's recipe, not by one that `raytickets retrain` was told.
     """
-    recipe = opening["space"]["retraining"]
-    return {e["run"]: e for e in select(events, "retrained") if e["recipe"] == recipe}
+    events, recipe = list(events), opening["space"]["retraining"]
+    runs = {"dense", *(ticket["ticket"] for ticket in drawn(events))}
+    retrained = [event for event in select(events, "retrained") if event["recipe"] == recipe]
+    return {event["run"]: event for event in retrained if event["run"] in runs}
 
 
 def ticket_folder(sweep: Path, place: object) -> Path:

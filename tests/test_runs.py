@@ -233,6 +233,16 @@ def test_retraining_by_another_recipe_leaves_the_sweeps_figures_alone(tmp_path: 
     assert both.all["sweep"].files["tickets.json"] == own.all["sweep"].files["tickets.json"]
 
 
+def test_a_winner_that_was_drawn_anew_is_not_shown_among_the_retrained(tmp_path: Path):
+    events = made_up_sweep.FINISHED
+    anew = made_up_sweep.ticket(made_up_sweep.HIGH, "4" * 16, 0.5, 350_000, 0.9, epoch=10.0)
+    runs = runs_of([*events, anew], tmp_path)
+    shown = runs.all["sweep"].files["tickets.json"]
+    place = shown["columns"].index("ticket")
+    assert made_up_sweep.SMALL not in [row[place] for row in shown["data"]]
+    assert made_up_sweep.SMALL not in [event["run"] for event in runs.candidates()]
+
+
 def test_a_study_out_of_reach_costs_its_figures_alone(tmp_path: Path, monkeypatch, caplog):
     def figures(*_):
         raise InputError("optuna.storage", "postgresql://host/name", "cannot be used (no route)")

@@ -174,7 +174,7 @@ def test_the_champion_is_replaced_by_what_is_better_and_not_heavier_alone(tmp_pa
         """A sweep with these winners: id, MACs and test accuracy, 0.01 above in validation."""
         events = [
             OPENING | {"name": name},
-            *(ticket(HIGH, id, 0.3, macs, 0.9) for id, macs, _ in winners),
+            *(ticket(HIGH, id, 0.3 if id == LARGE else 0.5, macs, 0.9) for id, macs, _ in winners),
             {"event": "winners", "tickets": [id for id, _, _ in winners]},
             *(retrained(id, macs, 10, accuracy) for id, macs, accuracy in winners),
             {"event": "end", "state": state, "reason": ""},

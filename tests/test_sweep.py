@@ -204,6 +204,13 @@ def test_what_was_done_again_counts_as_it_was_done_last(sweep):
     assert [end["state"] for end in report["trajectories"]] == ["drawn", "not converged"]
 
 
+def test_a_winner_that_was_drawn_anew_is_none_until_they_are_chosen_again(sweep):
+    anew = ticket(HIGH, "4" * 16, 0.5, 350_000, 0.9, epoch=10.0)
+    report = sweep([*FINISHED, anew]).report()
+    assert [row["run"] for row in report["winners"]] == [LARGE]
+    assert SMALL not in {row["ticket"] for row in report["tickets"]}
+
+
 @pytest.mark.parametrize("place", [len(SEARCHED), len(FINISHED)])
 def test_retraining_by_another_recipe_leaves_the_report_alone(sweep, place):
     """Before the sweep retrains its winners, and after."""
