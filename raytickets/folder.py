@@ -181,9 +181,11 @@ def list_folder(path: str | None) -> ImageFolder:
         raise InputError("data.path", path, allowed)
     folders = {name: root / name for name in ("train", *HELD_OUT)}
     folders = {name: folder for name, folder in folders.items() if folder.is_dir()}
-    if "train" not in folders:
+    if "train" in folders:
+        folders = held_out(folders, path)
+    else:
         _check_no_splits(root)
-    folders = held_out(folders, path) if "train" in folders else {"train": root}
+        folders = {"train": root}
     classes, paths, labels, splits = None, [], [], {}
     for name, folder in folders.items():
         found = _list_classes(folder, classes)
