@@ -1,6 +1,6 @@
 """`raytickets search` on a Ray cluster, as a file for `ray submit` and `ray job submit`.
 
-The arguments are those of `raytickets search`; `--storage` is RAYTICKETS_STORAGE unless given.
+The arguments are those of `raytickets search`; `--address` is RAY_ADDRESS, else auto, unless given.
 """
 
 import os
@@ -10,12 +10,10 @@ from raytickets import cli
 
 
 def main() -> None:
-    # Without an address Ray would start a cluster of its own beside the one that runs here.
-    os.environ.setdefault("RAY_ADDRESS", "auto")
     words = sys.argv[1:]
-    storage = os.environ.get("RAYTICKETS_STORAGE")
-    if storage and not any(word.partition("=")[0] == "--storage" for word in words):
-        words += ["--storage", storage]
+    if not any(word.partition("=")[0] == "--address" for word in words):
+        # Without one Ray would start a cluster of its own beside the one that runs here.
+        words += ["--address", os.environ.get("RAY_ADDRESS", "auto")]
     sys.argv = ["raytickets", "search", *words]
     cli.main()
 

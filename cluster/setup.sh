@@ -20,12 +20,14 @@ sudo mkdir -p /mnt/raytickets
 mkdir -p /mnt/raytickets/data
 case $RAYTICKETS_STORAGE in *://*) ;; *) mkdir -p "$RAYTICKETS_STORAGE" ;; esac
 
-# The versions are those that pyproject.toml pins; PyTorch is built for the GPU found here, if any.
+# The versions are those that pyproject.toml pins, PyTorch's CUDA among them where there is a GPU.
+backend=cpu
+if command -v nvidia-smi >/dev/null; then backend=cu132; fi
 [ -x "$environment/bin/uv" ] || python3 -m venv "$environment"
 "$environment/bin/pip" install --quiet --upgrade uv
 cd "$checkout"
 "$environment/bin/uv" pip install --quiet --python "$environment/bin/python" \
-    --torch-backend auto ".[cluster]" "$@"
+    --torch-backend "$backend" ".[cluster]" "$@"
 
 if ! grep -q raytickets-env ~/.bashrc; then
     cat >>~/.bashrc <<EOF

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import gc
 import itertools
+import os
 import re
 import shlex
 import signal
@@ -19,7 +20,7 @@ import tyro
 from rich.console import Console
 from tyro.conf import FlagCreatePairsOff, Positional, arg
 
-from raytickets.config import InputError, SearchSpace
+from raytickets.config import InputError, SearchSpace, masked
 from raytickets.journal import NAME, Event
 from raytickets.lease import Held, hold
 from raytickets.plan import Kind, check_services, check_store, default_name, opened
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 BAD_INPUT, FAILED, HELD, INTERRUPTED = 2, 3, 4, 130
 """Exit codes besides 0, which means that everything asked for was done."""
 
-STORAGE = "sweeps"
+STORAGE = os.environ.get("RAYTICKETS_STORAGE") or "sweeps"
 
 ABOUT = """Search early-bird lottery tickets: smaller networks for less energy.
 
@@ -41,10 +42,11 @@ Exit codes: 0 all done; 2 bad input; 3 something failed, or MLflow has not got e
 process runs the sweep of this name; 130 interrupted: the same command goes on."""
 
 Ticket = Annotated[
-    Positional[str], arg(metavar="TICKET", help="its folder or address, or its id under ./sweeps")
+    Positional[str], arg(metavar="TICKET", help=f"its folder or address, or its id under {STORAGE}")
 ]
 Found = Annotated[
-    Positional[str], arg(metavar="SWEEP", help="its folder or address, or its name under ./sweeps")
+    Positional[str],
+    arg(metavar="SWEEP", help=f"its folder or address, or its name under {STORAGE}"),
 ]
 Name = Annotated[
     str | None,
@@ -54,7 +56,11 @@ New = Annotated[
     bool, arg(help="start anew under this name, and keep what was found under another one")
 ]
 Place = Annotated[
-    str, arg(metavar="FOLDER|ADDRESS", help="where it is kept: a folder, or as s3://bucket/sweeps")
+    str,
+    arg(
+        metavar="FOLDER|ADDRESS",
+        help="where it is kept: a folder, or as s3://bucket/sweeps; else RAYTICKETS_STORAGE",
+    ),
 ]
 Ray = Annotated[
     str | None, arg(metavar="ADDRESS", help="the Ray cluster; else RAY_ADDRESS, else this machine")
@@ -193,7 +199,6 @@ def _run(
 
             from raytickets.driver import SweepFailed, interruptible, run
             from raytickets.scoreboard import table_of
-            from raytickets.tracking import resolve_uri, tickets_address, ui_command
 
             gc.enable()
             try:
@@ -208,6 +213,9 @@ def _run(
         print(again)
         return INTERRUPTED
     console.print("", table_of(sweep.report()), "", sep="\n")
+    # MLflow takes seconds to import, which the sweep had done while Ray started.
+    from raytickets.tracking import resolve_uri, tickets_address, ui_command
+
     uri = resolve_uri(uri)
     print(f"Compare the tickets in MLflow:\n  {ui_command(uri)}")
     if code == 0:
@@ -227,7 +235,7 @@ def _display(console: Console, opening: Event, space: SearchSpace) -> "Display":
 
 def _again(name: str) -> str:
     """The command line as it was given, with the sweep's or comparison's name."""
-    words = ["raytickets", *(word for word in sys.argv[1:] if word != "--new")]
+    words = ["raytickets", *(masked(word) for word in sys.argv[1:] if word != "--new")]
     named = any(word.partition("=")[0] == "--name" for word in words)
     return shlex.join(words if named else [*words, "--name", name])
 
@@ -257,12 +265,11 @@ def show(ticket: Ticket, *, json: bool = False) -> int:
         json: print its manifest as JSON.
     """
     from raytickets.console import ticket_table
-    from raytickets.ticket import DamagedTicket, load_ticket
+    from raytickets.ticket import DamagedTicket, Untrusted, load_ticket
 
     try:
         found = load_ticket(_ticket(ticket))
-        named = found.manifest["network"]["name"]
-        if named.startswith("timm/") or ":" not in named:  # Own code is not run for it.
+        with contextlib.suppress(Untrusted):  # Own code is not run for it.
             found.network()
     except DamagedTicket as error:
         raise InputError("ticket", ticket, str(error)) from error
@@ -374,7 +381,7 @@ def spaces() -> int:
 
 def _sweep(given: str) -> Sweep:
     path = place(given)
-    found = Sweep(path if path.is_dir() or path.is_absolute() else Path(STORAGE, given))
+    found = Sweep(path if path.is_dir() or path.is_absolute() else place(STORAGE) / given)
     return found.fetched()
 
 
@@ -383,10 +390,10 @@ def _ticket(given: str) -> Path:
     if path.is_dir() or shown(path) != str(path):
         return path.resolve()
     known = re.fullmatch(r"[0-9a-f]{16}", given)
-    places = [Path(STORAGE).glob(f"*/{kind}/{given}") for kind in ("tickets", "retrained")]
+    places = [place(STORAGE).glob(f"*/{kind}/{given}") for kind in ("tickets", "retrained")]
     found = sorted(itertools.chain(*places)) if known else []
     if not found:
-        raise InputError("ticket", given, "must be a ticket's folder, or an id under ./sweeps")
+        raise InputError("ticket", given, f"must be a ticket's folder, or an id under {STORAGE}")
     if len(found) > 1:
         raise InputError("ticket", given, f"is in several sweeps: {', '.join(map(str, found))}")
     return found[0].resolve()
@@ -407,15 +414,10 @@ def main() -> None:
         code = app.cli(prog="raytickets", description=ABOUT, config=(FlagCreatePairsOff,))
     except KeyboardInterrupt:
         code = INTERRUPTED
-    except InputError as error:
+    except (InputError, Held, OSError) as error:
         print(f"raytickets: {error}", file=sys.stderr)
-        code = BAD_INPUT
-    except Held as error:
-        print(f"raytickets: {error}", file=sys.stderr)
-        code = HELD
-    except OSError as error:
-        print(f"raytickets: {error}", file=sys.stderr)
-        code = FAILED
+        code = HELD if isinstance(error, Held) else FAILED
+        code = BAD_INPUT if isinstance(error, InputError) else code
     sys.exit(code)
 
 

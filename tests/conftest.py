@@ -14,6 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Tests leave nothing behind in the user's cache; those of the cache have one of their own.
 os.environ["RAYTICKETS_CACHE"] = "off"
+os.environ.pop("RAYTICKETS_STORAGE", None)
 
 # A busy machine is no failure, and a run that fails is to fail again.
 hypothesis.settings.register_profile("steady", deadline=None, derandomize=True)

@@ -153,7 +153,7 @@ def test_help_names_every_command(cli):
     [
         ("report nosuch", "^sweep: 'sweeps/nosuch' .* folder of a sweep"),
         ("report .", r"^sweep: '\.' .* folder of a sweep, which holds journal\.jsonl"),
-        ("show nosuch", r"^ticket: 'nosuch' .* a ticket's folder, or an id under \./sweeps"),
+        ("show nosuch", r"^ticket: 'nosuch' .* a ticket's folder, or an id under sweeps"),
         ("show sweeps/first", "^ticket: 'sweeps/first' .* not a whole ticket"),
         ("retrain nosuch", "^ticket: 'nosuch' .* a ticket's folder, or an id"),
         ("retrain sweeps", "^sweep: .* must be the folder of a sweep"),
@@ -310,6 +310,14 @@ def test_what_is_owed_to_mlflow_is_delivered_under_the_lease(found, cli, monkeyp
         assert cli("sync", "first", "--tracking-uri", "databricks")[0] == 4
 
 
+def test_sweeps_are_where_the_environment_says(tmp_path):
+    command = [sys.executable, "-m", "raytickets.cli", "history", "digits"]
+    environment = os.environ | {"RAYTICKETS_STORAGE": "elsewhere"}
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.endswith("has no sweep in elsewhere\n")
+
+
 def test_history_shows_the_sweeps_of_a_space(found, cli):
     sweep = found.path.resolve().parent.parent
     write(sweep.parent / "later", [*FINISHED[:-3], *FINISHED[-1:]])
@@ -461,6 +469,10 @@ def test_two_of_one_name_or_series_never_run_at_once(cli, monkeypatch):
     with hold(storage / "nightly-0001"):
         code, _, errors = cli("search", "mine.py", "--name", "nightly-0001")
         assert (code, errors[:39]) == (4, "raytickets: nightly-0001 is held by pro")
+    # Its study is that of the whole series.
+    with hold(storage / "nightly"):
+        code, _, errors = cli("search", "mine.py", "--name", "nightly-0001")
+        assert (code, errors[:31]) == (4, "raytickets: nightly is held by ")
 
 
 @pytest.mark.parametrize("more", [(), ("--name", "x", "--new")])

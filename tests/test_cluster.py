@@ -139,18 +139,15 @@ def test_bad_input_is_told_before_ray_is_asked(script, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("typed", "storage"),
+    ("typed", "address"),
     [
-        (["digits"], ["--storage", "/mnt/shared"]),
-        (["digits", "--storage", "here"], ["--storage", "here"]),
-        (["digits", "--storage=here"], ["--storage=here"]),
+        (["digits"], ["--address", "auto"]),
+        (["digits", "--address", "head:1"], ["--address", "head:1"]),
+        (["digits", "--address=head:1"], ["--address=head:1"]),
     ],
 )
-def test_sweeps_go_to_the_clusters_storage_unless_told_otherwise(
-    script, monkeypatch, typed, storage
-):
-    monkeypatch.setenv("RAYTICKETS_STORAGE", "/mnt/shared")
-    monkeypatch.setenv("RAY_ADDRESS", "auto")
+def test_the_printed_command_goes_on_on_the_same_cluster(script, monkeypatch, typed, address):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(sys, "argv", ["search.py", *typed])
     called = []
 
@@ -161,7 +158,7 @@ def test_sweeps_go_to_the_clusters_storage_unless_told_otherwise(
     monkeypatch.setattr(script.cli, "main", main)
     with pytest.raises(SystemExit):
         script.main()
-    assert called == ["raytickets", "search", "digits", *storage]
+    assert called == ["raytickets", "search", "digits", *address]
 
 
 # Kubernetes
