@@ -65,7 +65,7 @@ def save(
         scratch.rename(folder / name)
     finally:
         scratch.unlink(missing_ok=True)
-    _sync(folder)
+    storage.sync(folder)
     storage.keep(folder / name)
     others = storage.names(folder)
     older = [other for other in _newest_first(others) if _number(other) < number]
@@ -141,11 +141,3 @@ def _newest_first(names: list[str]) -> list[str]:
 
 def _number(name: str) -> int:
     return int(name[:8])
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

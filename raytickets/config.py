@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 Rule = Literal["corrected", "paper", "epi"]
@@ -29,6 +30,22 @@ Method = Literal[
 Objective = Literal["hypervolume", "pareto"]
 Sampler = Literal["tpe", "random"]
 
+PASSWORD = r"(?i:passw(?:or)?d|pwd)(?:=|%3D)"
+"""How a URL names a password among its options."""
+
+
+def masked(value: Any) -> Any:
+    """The same without the passwords of the URLs in it; `${NAME}` is none."""
+    if isinstance(value, Mapping):
+        return {key: masked(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [masked(entry) for entry in value]
+    if not isinstance(value, str):
+        return value
+    value = re.sub(r"(://[^\s/:@]*):(?!\$\{\w+\}@)\S*@", r"\1:***@", value)
+    value = re.sub(r"(https?://)[^\s/@]+@", r"\1***@", value)  # A token may stand for a user.
+    return re.sub(rf"({PASSWORD}|(?:token|secret)=)[^&\s]+", r"\1***", value)
+
 
 class InputError(ValueError):
     """Something the user gave cannot be used: names the field, the value and what is allowed."""
@@ -47,6 +64,14 @@ def _number(name: str, value: object, *, above: float, below: float = math.inf, 
         raise InputError(name, value, allowed)
 
 
+def expanded(field: str, path: object) -> Path:
+    """The path with the home folder in place of `~`; InputError if nobody knows it."""
+    try:
+        return Path(str(path)).expanduser()
+    except RuntimeError as error:
+        raise InputError(field, str(path), f"must be a folder ({error})") from error
+
+
 def _whole(name: str, value: object, least: int):
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise InputError(name, value, f"must be a whole number, at least {least}")
@@ -54,6 +79,8 @@ def _whole(name: str, value: object, least: int):
 
 def _seed(name: str, value: object):
     _whole(name, value, 0)
+    if isinstance(value, int) and value >= 2**63:
+        raise InputError(name, value, "must be below 2**63")
 
 
 def _choice(name: str, value: object, choices: tuple):
@@ -284,9 +311,9 @@ class Retraining(Training):
     """`inherit` goes on from the ticket's weights; `reinit` draws new ones in its shape."""
     num_workers: int | tuple[int, int] | None = None
     """Ray Train workers, which share every batch: its size and the learning rate mean the same for
-    any number. A pair is the least and the most, between which the group follows the cluster, going
-    on from its last epoch. None is what the cluster has, with at least two images of a batch each.
-    """
+    any number, but BatchNorm takes mean and variance of each worker's own images. A pair is the
+    least and the most, between which the group follows the cluster, going on from its last epoch.
+    None is what the cluster has, with at least 32 images of a batch each."""
 
     def validate(self, name: str):
         super().validate(name)
@@ -302,8 +329,8 @@ class Retraining(Training):
         least, most = pair
         _whole(f"{name}.num_workers", least, 1)
         _whole(f"{name}.num_workers", most, least)
-        if most > self.batch_size:
-            allowed = f"must be at most {name}.batch_size, which is {self.batch_size}"
+        if most > self.batch_size // 2:
+            allowed = f"must leave two images of {name}.batch_size, {self.batch_size}, to each"
             raise InputError(f"{name}.num_workers", self.num_workers, allowed)
 
 
@@ -427,8 +454,10 @@ class Optuna:
         if not self.ranges:
             raise InputError("optuna.ranges", self.ranges, "must name at least one field")
         for field_name, values in self.ranges.items():
+            _kind("optuna.ranges", field_name, str)
             name = f"optuna.ranges[{field_name!r}]"
             if isinstance(values, Range):
+                _kind(f"{name}.log", values.log, bool)
                 allowed = "must have finite numbers with low < high, above 0 if log"
                 _number(name, values.low, above=0 if values.log else -math.inf, allowed=allowed)
                 _number(name, values.high, above=values.low, allowed=allowed)
@@ -443,11 +472,12 @@ class Optuna:
         _whole("optuna.startup", self.startup, 1)
         if self.storage is not None:
             # The space goes to the journal and to MLflow, where a password has no place.
-            shown = re.sub(r".*@|(?<=password=)[^&]*", "...", str(self.storage))
+            shown = re.sub(r".*@", "...", str(self.storage))
+            shown = re.sub(rf"({PASSWORD})[^&]*", r"\1...", shown)
             if not re.match(r"\w+(\+\w+)?://", str(self.storage)):
                 allowed = "must be a database's URL, as postgresql://user@host/name"
                 raise InputError("optuna.storage", shown, allowed)
-            if re.search(r"//.*:(?!\$\{\w+\}@).*@|password=", self.storage):
+            if re.search(rf"//.*:(?!\$\{{\w+\}}@).*@|{PASSWORD}", self.storage):
                 allowed = "takes its password from a variable: postgresql://me:${NAME}@host/name"
                 raise InputError("optuna.storage", shown, allowed)
         _seed("optuna.seed", self.seed)
@@ -473,6 +503,18 @@ class Resources:
                 raise InputError("resources.gpus_per_trial", self.gpus_per_trial, allowed)
         if self.watts is not None:
             _positive("resources.watts", self.watts)
+
+
+_PARTS: dict[str, Any] = {
+    "network": Network,
+    "data": Data,
+    "training": Training,
+    "proof": Proof,
+    "retraining": Retraining,
+    "stop_rule": StopRule,
+    "resources": Resources,
+    "comparison": Comparison,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -520,16 +562,7 @@ class SearchSpace:
     def __post_init__(self):
         if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
             raise InputError("name", self.name, "must be letters, digits, '-' and '_'")
-        for name, kind in (
-            ("network", Network),
-            ("data", Data),
-            ("training", Training),
-            ("proof", Proof),
-            ("retraining", Retraining),
-            ("stop_rule", StopRule),
-            ("resources", Resources),
-            ("comparison", Comparison),
-        ):
+        for name, kind in _PARTS.items():
             _kind(name, getattr(self, name), kind)
         _sequence("penalties", self.penalties, _not_negative)
         _sequence("prune_ratios", self.prune_ratios, _share)
@@ -573,7 +606,15 @@ class SearchSpace:
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     def with_retraining(self, **changes: Any) -> "SearchSpace":
-        """The same space with other values for these fields of `retraining`."""
+        """The same space with other values for these fields of `retraining`.
+
+        Milestones keep their shares of the epochs.
+        """
+        before = self.retraining
+        if "epochs" in changes and before.milestones:
+            scale = changes["epochs"] / before.epochs
+            milestones = tuple(max(1, round(scale * epoch)) for epoch in before.milestones)
+            changes = {"milestones": milestones} | changes
         return dataclasses.replace(self, retraining=dataclasses.replace(self.retraining, **changes))
 
     def with_changes(self, changes: Mapping[str, Any]) -> "SearchSpace":
@@ -602,16 +643,7 @@ class SearchSpace:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "SearchSpace":
         """The space that `as_dict` described; InputError if it does not describe one."""
-        parts = {
-            "network": Network,
-            "data": Data,
-            "training": Training,
-            "proof": Proof,
-            "retraining": Retraining,
-            "stop_rule": StopRule,
-            "resources": Resources,
-            "comparison": Comparison,
-        }
+        parts = dict(_PARTS)
         if values.get("halving") is not None:
             parts["halving"] = Halving
         try:

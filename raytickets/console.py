@@ -1,7 +1,6 @@
 """What a person sees: live progress, and the tables at the end."""
 
 from collections.abc import Mapping, Sequence
-from types import TracebackType
 from typing import Any, Self
 
 from rich import box
@@ -29,12 +28,7 @@ class Display:
         self._status.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._status.stop()
         self._live.stop()
 
@@ -278,11 +272,11 @@ def report_table(report: Mapping[str, Any]) -> Group:
 
 
 def lost_lines(report: Mapping[str, Any]) -> list[str]:
-    """What a report says of trajectories or sources that were cut off, and of lost workers."""
+    """What a report says of what was cut off, and of what ran again."""
     lines = [f"{name}: interrupted" for name in report["interrupted"]]
     if retries := report["retries"]:
         shown = ", ".join(f"{name} ({count})" for name, count in retries.items())
-        lines.append(f"Run again because a worker was lost: {shown}.")
+        lines.append(f"Run again, or gone on from an older checkpoint: {shown}.")
     return lines
 
 

@@ -135,6 +135,7 @@ def run_crew(
     # Else Tune runs a trial again by itself, untold of, that lost a machine given notice.
     os.environ["RAY_TRAIN_COUNT_PREEMPTION_AS_FAILURE"] = "1"
     crew = _Crew(work, room)
+    heard = _Heard(crew)
     tune.Tuner(
         tune.with_resources(trainable, {"cpu": room.cpus, "gpu": room.gpus}),
         tune_config=tune.TuneConfig(
@@ -149,11 +150,12 @@ def run_crew(
             name=f"{name}-{time.time_ns()}",
             storage_path=str(sweep.path / "ray"),
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-            callbacks=[_Heard(crew)],
+            callbacks=[heard],
             stop=_Ended(crew),
             verbose=0,
         ),
     ).fit()
+    heard.fail()
 
 
 class _Crew:
@@ -289,7 +291,17 @@ class _Asked(_OfCrew, Searcher):
 class _Heard(_OfCrew, tune.Callback):
     """What Tune tells of trials, and that its loop goes round."""
 
+    def __init__(self, crew: _Crew):
+        super().__init__(crew)
+        self._error: Exception | None = None
+
+    def fail(self) -> None:
+        """Raise what went wrong when a trial was complete: Tune may take it for the trial's own."""
+        if self._error:
+            raise self._error
+
     def on_step_begin(self, iteration, trials, **info) -> None:  # noqa: ARG002
+        self.fail()
         self._crew.look()
 
     def on_trial_start(self, iteration, trials, trial, **info) -> None:  # noqa: ARG002
@@ -300,7 +312,11 @@ class _Heard(_OfCrew, tune.Callback):
             self._crew.work.tell(event)
 
     def on_trial_complete(self, iteration, trials, trial, **info) -> None:  # noqa: ARG002
-        self._crew.complete(trial.trial_id, stays=not _leaves(trial))
+        try:
+            self._crew.complete(trial.trial_id, stays=not _leaves(trial))
+        except Exception as error:
+            self._error = error
+            raise
         _forget(trial)
 
     def on_trial_error(self, iteration, trials, trial, **info) -> None:  # noqa: ARG002

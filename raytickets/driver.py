@@ -79,7 +79,8 @@ def search(
     is kept under another name. `observer` hears every event of `raytickets.journal` once it is on
     disk. Ray is the cluster at `address`, else at RAY_ADDRESS, else this machine. Raises InputError
     on input that cannot be used, before Ray starts where that can be known, Held if another process
-    runs this sweep, and SweepFailed if a stage failed or no machine with room for a trial came.
+    runs this sweep, and SweepFailed if a stage failed, no machine with room for a trial came, or
+    MLflow has not got everything by the end, which `Sweep` then has all the same.
     """
     with opened(space, name=name, storage=storage, new=new) as plan:
         return run(plan, tracking_uri, observer, address=address)
@@ -195,12 +196,17 @@ def retrain_ticket(
     ):
         workers = worker_count(space, room.workers)
         jobs, data = [Job(ticket.id, path)], ray.put(dataset)
+        stopped = {"event": "stopped", "run": ticket.id}
         try:
             retrain(space, jobs, data, sweep.path, workers, tell, use_gpu=room.gpus > 0)
         except Held:
             raise
+        except KeyboardInterrupt:
+            tell(stopped | {"reason": "interrupted"})
+            raise
         except Exception as error:
             reason = _advised(_last_line(str(error) or repr(error)), sweep.path)
+            tell(stopped | {"reason": reason})
             raise SweepFailed(f"retraining failed: {reason}") from error
     return select(sweep.events(), "retrained")[-1]
 
@@ -308,7 +314,7 @@ def _told(
     """Tells an event to the journal, then to MLflow and the observer, once."""
     if mended := mend_journal(folder):
         log.warning(mended)
-    journal = Journal(folder)
+    journal = Journal(folder, lease.confirm)
     history = Sweep(folder).events()
 
     def tell(event: Event) -> None:
@@ -334,8 +340,10 @@ def _told(
             patience_s = INTERRUPTED_S
             raise
         finally:
-            owed = tracker.close(patience_s)
-            journal.close(upload=not lost)
+            try:
+                owed = tracker.close(patience_s)
+            finally:
+                journal.close(upload=not lost)
     except OSError as error:
         raise SweepFailed(_advised(str(error), folder)) from error
     if owed:
@@ -374,7 +382,7 @@ def _retrain_winners(
     events = sweep.events()
     winners = choose_winners(space, events)
     chosen: dict[str, Any] = {"event": "winners", "tickets": [event["ticket"] for event in winners]}
-    if chosen not in events:
+    if chosen != (select(events, "winners") or [None])[-1]:
         tell(chosen)
     jobs = [Job(DENSE, None)] if winners else []
     jobs += [Job(event["ticket"], sweep.path / event["path"]) for event in winners]

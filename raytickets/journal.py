@@ -10,7 +10,7 @@ comparison   in place of `sweep`: the same, and penalty, prune_ratios, seeds, me
 check        trajectory, check, epoch (a fraction within one), loss since the last check,
              validation_accuracy (null within an epoch), distances {ratio: distance or null while
              the window fills; none in the rounds of `iterative`}, about_to_draw (a distance is
-             within twice the limit), train_macs and seconds since the trajectory began
+             near the limit), train_macs and seconds since the trajectory began
 ticket       trajectory, ticket, path (relative to the sweep), penalty, prune_ratio, learning_rate,
              seed, method, rule, draw_check, draw_epoch, mask_distance, macs, params,
              kept {group: [kept, of]}; rule to mask_distance are null where nothing is drawn, and
@@ -23,13 +23,17 @@ trajectory   trajectory, method, penalty, seed, changes {field: value} that Optu
              rows}} between the masks of every two checks. In comparisons it is of a source
 proof        ticket, rung (from 2), proof_accuracy, proof_macs, seconds
 winners      tickets, in order of falling proof accuracy in the last rung
-epoch        run, epoch, loss, validation_accuracy, learning_rate; in sweeps also num_workers
+epoch        run, epoch, loss, validation_accuracy, learning_rate; in sweeps also num_workers and
+             identity (a hash of the recipe and the rest of the space)
 retrained    run, path, macs, params, epochs, validation_accuracy, test_accuracy, train_macs,
              seconds, num_workers; in sweeps also recipe (the fields of Retraining), best_epoch and
              best_validation_accuracy (the accuracies before are of the last epoch's network); in
              comparisons also ledger, latency_ms (median of one image) and relative_latency (to the
              dense network)
-retry        trajectory or run, attempt (from 1), reason: a worker was lost, and it is run again
+retry        trajectory or run, attempt (from 1), reason: it is run again, as a worker was lost, or
+             goes on from an older checkpoint; with anew (true) from none, as what it was made by,
+             such as the versions of libraries, is not the same any more
+stopped      run, reason: its retraining outside of a sweep was interrupted or has failed
 end          state (done, failed or interrupted), reason
 
 MACs are of one image forward (`macs`) or of training (3 x forward x samples); accuracies are
@@ -41,11 +45,13 @@ import json
 import os
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from zlib import crc32
 
 from raytickets import storage
+from raytickets.lease import Lost
 
 Event = dict[str, Any]
 
@@ -58,7 +64,7 @@ _KEYS = {
     "check": ("trajectory", "check"),
     "ticket": ("trajectory", "ticket"),
     "proof": ("ticket", "rung"),
-    "epoch": ("run", "epoch"),
+    "epoch": ("run", "epoch", "identity"),
 }
 """The fields that tell an event from the others of its kind, where it may be told again."""
 
@@ -71,16 +77,18 @@ class Journal:
     """Appends events to `journal.jsonl` in a sweep's folder, each one synced to disk.
 
     Where the folder is a local copy of an address, the journal is uploaded every `KEEP_S` seconds
-    and when it is closed. Raises DamagedJournal as `read_journal` does, and OSError.
+    and when it is closed; each time `confirm` is called before, and what it raises as Lost ends it.
+    Raises DamagedJournal as `read_journal` does, and OSError.
     """
 
-    def __init__(self, sweep: Path):
+    def __init__(self, sweep: Path, confirm: Callable[[], None] = lambda: None):
+        self._confirm = confirm
         self.path = storage.fetch(sweep / NAME)
         self.path.touch()
         events, self._size = _whole(self.path)
         self._file = self.path.open("r+b", buffering=0)
         self._file.truncate(self._size)
-        _sync_folder(sweep)
+        storage.sync(sweep)
         self._keys: set[tuple] = set()
         for event in events:
             self._remember(event)
@@ -93,8 +101,9 @@ class Journal:
         """Write an event; False, and nothing written, if it is there already.
 
         It is there if another one has its trajectory and check, trajectory and ticket, ticket and
-        rung, or run and epoch, unless the run was retrained since. Other events are always written.
-        Raises OSError if the disk does not take it; the journal is as it was then.
+        rung, or run, epoch and identity, unless the run was retrained or the trajectory begun anew
+        since. Other events are always written. Raises OSError if the disk does not take it; the
+        journal is as it was then.
         """
         if _key(event) in self._keys:
             return False
@@ -115,19 +124,24 @@ class Journal:
         return True
 
     def close(self, upload: bool = True) -> None:
-        """Raises OSError if the last upload fails; without `upload` there is none."""
+        """Raises OSError or Lost if the last upload fails; without `upload` there is none."""
         self._closing.set()
         self._file.close()
         if self._away and upload:
             with self._uploading:
+                self._confirm()
                 storage.keep(self.path)
 
     def _remember(self, event: Event) -> None:
         if key := _key(event):
             self._keys.add(key)
         elif event["event"] == "retrained":
-            again = ("epoch", event["run"])
-            self._keys = {key for key in self._keys if key[:2] != again}
+            self._forget("epoch", event["run"])
+        elif event["event"] == "retry" and event.get("anew"):
+            self._forget("check", event["trajectory"])
+
+    def _forget(self, *start: str) -> None:
+        self._keys = {key for key in self._keys if key[:2] != start}
 
     def _keep(self) -> None:
         kept = 0
@@ -135,10 +149,13 @@ class Journal:
             if kept < (size := self._size):
                 try:
                     with self._uploading:
+                        self._confirm()
                         storage.keep(self.path)
                     kept = size
                 except OSError:
                     continue  # The next one may succeed, and the last one tells.
+                except Lost:
+                    return  # The next event tells.
 
 
 def read_journal(sweep: Path) -> list[Event]:
@@ -163,10 +180,11 @@ def mend_journal(sweep: Path) -> str | None:
     events, size, damaged = _parse(content)
     said = None
     if damaged:
-        number = len(list(sweep.glob("journal.damaged-*.jsonl"))) + 1
+        names = {entry.name for entry in sweep.iterdir()} | set(storage.names(sweep))
+        number = sum(name.startswith("journal.damaged-") for name in names) + 1
         copy = sweep / f"journal.damaged-{number}.jsonl"
         shutil.copyfile(path, copy)
-        _sync(copy)
+        storage.sync(copy)
         storage.keep(copy)
         lines = content.count(b"\n", size)
         said = (
@@ -175,8 +193,8 @@ def mend_journal(sweep: Path) -> str | None:
         )
     if size < len(content):
         os.truncate(path, size)
-        _sync(path)
-        _sync_folder(sweep)
+        storage.sync(path)
+        storage.sync(sweep)
         storage.keep(path)
     return said
 
@@ -217,17 +235,4 @@ def _event(line: bytes) -> Event | None:
 
 def _key(event: Event) -> tuple | None:
     fields = _KEYS.get(event["event"])
-    return fields and (event["event"], *(event[field] for field in fields))
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    return fields and (event["event"], *(event.get(field) for field in fields))

@@ -40,16 +40,12 @@ class Holder:
         return f"process {self.pid} on {self.host} since {self.since}"
 
 
-def _never_lost() -> None:
-    pass
-
-
 @dataclass(frozen=True)
 class Lease:
     holder: Holder
     token: int
     """Larger than that of every earlier holding."""
-    confirm: Callable[[], None] = field(default=_never_lost, compare=False, repr=False)
+    confirm: Callable[[], None] = field(default=lambda: None, compare=False, repr=False)
     """To be called before anything is written: raises Lost if the lease may be another's."""
 
 
@@ -122,8 +118,9 @@ def _leased(path: Path) -> Iterator[Lease]:
     text, version = (there[0].decode(), there[1]) if there else ("", None)
     before, name = _parsed(text), path.parent.name
     if before:
-        found = json.loads(text)
-        lasts = time.time() < found["until"] + SKEW_S
+        found, _ = json.JSONDecoder().raw_decode(text)
+        # That of a folder, copied to the address, has no end.
+        lasts = time.time() < found.get("until", 0) + SKEW_S
         if lasts and not _is_gone(before.holder, found.get("process")):
             raise Held(name, before.holder)
     renewal = _Renewal(path, _next(text), version)
@@ -175,18 +172,23 @@ def _is_gone(holder: Holder, process: list[str] | None) -> bool:
     return now is not None and now != process
 
 
+def _now() -> float:
+    """Seconds, those included in which the machine was suspended, where it counts them."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+
+
 class _Renewal:
     """Keeps a lease at an address alive."""
 
     def __init__(self, path: Path, lease: Lease, version: str | None):
         self._path, self.lease, self._version = path, lease, version
-        self._renewed = time.monotonic()
+        self._renewed = _now()
         self.taken: str | None = None
         """Why it cannot be renewed any more."""
         self.ended = threading.Event()
 
     def put(self, life_s: float) -> None:
-        started = time.monotonic()
+        started = _now()
         # Every content is another one, so that the store can tell a lost answer from a lost race.
         more = {"until": time.time() + life_s, "nonce": uuid.uuid4().hex, "process": _process()}
         content = _text(self.lease, **more).encode()
@@ -204,7 +206,7 @@ class _Renewal:
 
     def confirm(self) -> None:
         reason = self.taken
-        if reason is None and time.monotonic() - self._renewed > LIFE_S - MARGIN_S:
+        if reason is None and _now() - self._renewed > LIFE_S - MARGIN_S:
             reason = f"it could not be renewed for {LIFE_S - MARGIN_S:.0f} s"
         if reason:
             raise Lost(self._path.parent.name, reason)

@@ -63,9 +63,9 @@ def opened(
 ) -> Iterator[Plan]:
     """`make_plan`'s, with the folder's lease held; Held if another process does.
 
-    With `series`, `name` is that of a series, whose lease is held too. Its sweeps are numbered: the
-    newest goes on if it has not ended, or has failed once. Else the next one starts, as it does if
-    the space or the images changed.
+    With `series`, `name` is that of a series. Its sweeps are numbered: the newest goes on if it has
+    not ended, or has failed once. Else the next one starts, as it does if the space or the images
+    changed. The lease of a sweep's series is held too.
     """
     name = default_name(space, kind) if name is None else name
     folder = sweep_folder(storage, name)
@@ -89,6 +89,8 @@ def opened(
                 plan = make_plan(space, name=following, storage=storage, kind=kind, series=name)
         else:
             plan = make_plan(space, name=name, storage=storage, kind=kind, new=new)
+            if of := plan.opening.get("series"):  # They have Optuna's study in common.
+                lease_of(sweep_folder(storage, of))
         yield dataclasses.replace(plan, lease=lease)
 
 
@@ -403,17 +405,22 @@ def check_store(given: str | None) -> None:
     uri = given or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
     try:
         place = urlsplit(uri)
+        port = place.port
+    except ValueError:  # Its text may hold a part of the password.
+        allowed = "must be an address, as https://user:password@host:port, with %2F for / and so on"
+        raise InputError("tracking_uri", f"{uri.partition(':')[0]}:...", allowed) from None
+    try:
         kind = place.scheme.partition("+")[0] or uri
         folder = place.scheme in ("", "file") and os.environ.get("MLFLOW_ALLOW_FILE_STORE")
         known = kind in _STORES or folder
         if not known and not entry_points(group="mlflow.tracking_store", name=kind):
             raise ValueError("must be a database or a server, as sqlite:///mlflow.db")
-        if kind in ("http", "https") and (not place.hostname or place.port == 0):
+        if kind in ("http", "https") and (not place.hostname or port == 0):
             raise ValueError("no host in this address")
         if place.scheme == "sqlite":
             _check_database(uri)
     except (OSError, ValueError) as error:
-        shown = re.sub(r"//\S*@", "//***@", uri.partition("?")[0])
+        shown = re.sub(r"//\S*@", "//***@", uri).partition("?")[0]
         raise InputError("tracking_uri", shown, str(error)) from error
 
 

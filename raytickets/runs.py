@@ -6,7 +6,6 @@ each source) and for the dense reference of a sweep, and below its trajectory on
 
 import json
 import logging
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from raytickets import comparison, halving, plots, storage
-from raytickets.config import InputError, SearchSpace
+from raytickets.config import InputError, SearchSpace, masked
 from raytickets.journal import Event
 from raytickets.sweep import own_retrainings, ticket_folder
 
@@ -134,6 +133,8 @@ class Runs:
                 self._end_retraining(event)
             case "retry":
                 self._retry(event)
+            case "stopped":
+                self._retraining(event["run"]).wanted = "KILLED"
             case "end":
                 self._end(event)
         if event["event"] in ("winners", "retrained", "end"):
@@ -361,19 +362,6 @@ class Runs:
 
     def _run(self, key: str, kind: str, name: str, parent: str = "") -> Run:
         return self.all.setdefault(key, Run(kind, name, parent))
-
-
-def masked(value: Any) -> Any:
-    """The same without the passwords of the URLs in it; `${NAME}` is none."""
-    if isinstance(value, Mapping):
-        return {key: masked(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [masked(entry) for entry in value]
-    if not isinstance(value, str):
-        return value
-    value = re.sub(r"(://[^\s/:@]*):(?!\$\{\w+\}@)\S*@", r"\1:***@", value)
-    value = re.sub(r"(https?://)[^\s/@]+@", r"\1***@", value)  # A token may stand for a user.
-    return re.sub(r"((?:password|token|secret)=)[^&\s]+", r"\1***", value)
 
 
 def _count(run: Run, stage: str, ledger: Event, place: int = 0) -> None:

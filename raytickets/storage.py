@@ -10,18 +10,19 @@ import contextlib
 import functools
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from raytickets.config import InputError
+from raytickets.config import InputError, expanded
 
 STORES = {"s3": "S3Store", "gs": "GCSStore", "az": "AzureStore"}
 """The schemes of addresses, <scheme>://<bucket or container>/<prefix>."""
@@ -48,7 +49,7 @@ def local(storage: str | Path) -> Path:
     # pathlib makes one slash of two.
     address = re.fullmatch(r"([A-Za-z][A-Za-z0-9+.-]*):/+(.*)", str(storage))
     if address is None:
-        return Path(storage).expanduser().resolve()
+        return expanded("storage", storage).resolve()
     scheme, rest = address.groups()
     if scheme == "file":
         return Path("/", rest).resolve()
@@ -89,17 +90,27 @@ def keep(path: Path) -> None:
         _ask(file, lambda obstore, store, key, file=file: obstore.put(store, key, file))
 
 
-def fetch(path: Path, again: bool = False) -> Path:
+def fetch(path: Path, again: bool = False, largest: Mapping[str, int] | None = None) -> Path:
     """Download a file or a folder if it is not here, or `again`; nothing for a plain path.
 
     It comes whole or not at all. A folder without `manifest.json` is none. What is not in the
-    store either is left to whoever opens it.
+    store either is left to whoever opens it. `largest` names all that may come of a folder, and
+    how many bytes each file may have: OSError if one has more.
     """
     if _place(path) is None or (path.exists() and not again):
         return path
-    if not _download(path, path):
-        _download_folder(path)
+    if largest or not _download(path, path):
+        _download_folder(path, largest)
     return path
+
+
+def sync(path: Path) -> None:
+    """Have a file's content, or a folder's names, on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def fetch_journal(path: Path) -> Path:
@@ -284,29 +295,31 @@ def _inside(path: Path) -> list[str]:
     return [entry["path"].removeprefix(f"{found[0]}/") for entry in found[1]]
 
 
-def _download(path: Path, target: Path) -> bool:
-    """Whether there is such an object."""
+def _download(path: Path, target: Path, most: float = math.inf) -> bool:
+    """Whether there is such an object; OSError if it has over `most` bytes."""
 
     def get(obstore: Any, store: Any, key: str) -> bool:
         try:
             found = obstore.get(store, key)
         except FileNotFoundError:
             return False
+        if found.meta["size"] > most:
+            raise OSError(f"{address(path)} has over {most} bytes")
         _write(target, found)
         return True
 
     return _ask(path, get)
 
 
-def _download_folder(path: Path) -> None:
-    inside = _inside(path)
-    if LAST not in inside:
+def _download_folder(path: Path, largest: Mapping[str, int] | None) -> None:
+    sizes = largest or dict.fromkeys(_inside(path), math.inf)
+    if LAST not in sizes:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".fetching-", dir=path.parent) as scratch:
         new = Path(scratch, "new")
-        for name in inside:
-            if not _download(path / name, new / name):
+        for name, most in sizes.items():
+            if not _download(path / name, new / name, most):
                 return  # Somebody has begun to remove it.
         if path.exists():
             path.rename(Path(scratch, "old"))

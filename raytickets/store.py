@@ -37,10 +37,10 @@ from mlflow.utils.credentials import get_default_host_creds
 from mlflow.utils.rest_utils import http_request
 
 from raytickets import storage
-from raytickets.config import InputError
+from raytickets.config import InputError, masked
 from raytickets.journal import Event
 from raytickets.plan import check_store
-from raytickets.runs import Run, Runs, masked
+from raytickets.runs import Run, Runs
 
 TOKEN, RECORDED = "mlflow_id", "mlflow_uri"
 """Files in the journal's folder: what ties it to its runs, as names may be used again, and the
@@ -366,7 +366,8 @@ def is_server(uri: str) -> bool:
 def without_user(uri: str) -> str:
     if _database(uri):  # A file's path may hold an @.
         return uri
-    return re.sub(r"(://)\S*@", r"\1", uri)
+    # The options of a database may hold a password as well.
+    return re.sub(r"(://)\S*@", r"\1", uri).partition("?")[0]
 
 
 def _database(uri: str) -> Path | None:

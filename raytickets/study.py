@@ -106,17 +106,15 @@ def _with_secrets(url: str) -> str:
 
 
 def open_study(space: SearchSpace, storage: RDBStorage, name: str) -> optuna.Study:
-    """The study of this name, begun if there is none, with a sampler for what comes next in it."""
+    """The study of this name, begun if there is none."""
     directions = DIRECTIONS[settings(space).objective]
-    study = optuna.create_study(
+    return optuna.create_study(
         storage=storage, study_name=name, directions=directions, load_if_exists=True
     )
-    study.sampler = sampler(space, len(study.get_trials(deepcopy=False)))
-    return study
 
 
 def sampler(space: SearchSpace, trials: int) -> BaseSampler:
-    """What draws the points; one that goes on after so many trials does not draw theirs again."""
+    """What draws the point of the trial that comes after so many."""
     given = settings(space)
     seed = int(np.random.SeedSequence([given.seed, trials]).generate_state(1)[0])
     if given.sampler == "random":
@@ -159,6 +157,8 @@ def outcome(space: SearchSpace, dense_macs: int, events: Iterable[Event]) -> lis
 
 def ask(study: optuna.Study, space: SearchSpace) -> Point:
     """The point of a new trial, which the study takes for running until it is settled."""
+    # A sampler of its own for each: what a sweep that was cut off draws next is the same.
+    study.sampler = sampler(space, len(study.get_trials(deepcopy=False)))
     return propose(space, study.ask())
 
 

@@ -77,9 +77,9 @@ class Sweep:
 
         `state` is done, failed, interrupted, or unfinished: it runs, or its driver was killed.
         `interrupted` names the trajectories (or sources of tickets) that have begun and not ended,
-        once the sweep has; `retries` says how often each trajectory or retraining was run again
-        because its worker was lost. The rest is of a comparison what `raytickets.comparison.report`
-        documents, of a sweep this:
+        once the sweep has; `retries` says how often each trajectory or retraining was run again,
+        as its worker was lost or its checkpoint damaged. The rest is of a comparison what
+        `raytickets.comparison.report` documents, of a sweep this:
 
         `kind` ("sweep"), `name`, `space`, `dense` and `winners` (rows), `tickets` (see
         `halving.proved`), `trajectories` (every `trajectory` event), `search_macs` (training of all

@@ -12,9 +12,8 @@ from pathlib import Path
 from urllib.parse import quote, urlencode
 
 from raytickets import storage
-from raytickets.config import InputError
+from raytickets.config import InputError, masked
 from raytickets.journal import NAME, Event, read_journal
-from raytickets.runs import masked
 from raytickets.store import (
     MlflowClient,
     Store,

@@ -149,16 +149,20 @@ def until_drawn(
     by = _made_by(trajectory, network)
     found = checkpoint.load(folder)
     damaged = found.damaged if found else checkpoint.generations(folder)
-    if found and _usable(found, by, trajectory.setting.sweep):
+    changed = found is not None and found.state["made_by"] != by
+    if found and not changed and _has_tickets(found, trajectory.setting.sweep):
         told, steps, attempt = (found.state[name] for name in ("told", "steps", "attempt"))
         states = dict(zip(states, found.state["states"], strict=True))
         trajectory.meter.go_on(found.state["seconds"], found.state["joules"])
-    if damaged:
-        attempt += 1
+    attempt += bool(damaged or changed)
+    retry = {"event": "retry", "trajectory": trajectory.id, "attempt": attempt}
+    if changed:
+        reason = "other versions, threads or numerics than before: it began anew"
+        yield [retry | {"reason": reason, "anew": True}]
+    elif damaged:
         epoch = steps / trajectory.setting.batches.count(trajectory.recipe.batch_size)
         reason = f"its newest checkpoint was damaged; it went on from epoch {epoch:g}"
-        names = {"trajectory": trajectory.id, "attempt": attempt, "reason": reason}
-        yield [{"event": "retry", **names}]
+        yield [retry | {"reason": reason}]
     yield from told
     if told and told[-1][-1]["event"] == "trajectory":
         return
@@ -244,11 +248,11 @@ def made_by(setting: Setting) -> dict[str, Any]:
     }
 
 
-def _usable(found: Checkpoint, by: Mapping[str, Any], sweep: Path) -> bool:
-    """Whether it was made by the same, and every ticket it tells of is whole."""
+def _has_tickets(found: Checkpoint, sweep: Path) -> bool:
+    """Whether every ticket that it tells of is whole."""
     told = [event for events in found.state["told"] for event in events]
     tickets = [event["path"] for event in told if event["event"] == "ticket"]
-    return found.state["made_by"] == by and all(is_whole(sweep / path) for path in tickets)
+    return all(is_whole(sweep / path) for path in tickets)
 
 
 class Learner:
@@ -375,7 +379,13 @@ def spent(trajectory: Trajectory, check: Check) -> int:
 
 def check_event(trajectory: Trajectory, check: Check, states: Mapping[float, str]) -> Event:
     """What is told of a check; `states` has `drawn` for ratios that were drawn before it."""
-    limit = trajectory.setting.space.stop_rule.limit
+    rule = trajectory.setting.space.stop_rule
+
+    def near(ratio: float) -> float:
+        # Twice the limit, but clearly less than masks that have nothing to do with each other.
+        chance = {"paper": 2 * ratio * (1 - ratio), "corrected": 1.0}.get(rule.rule, math.inf)
+        return min(2 * rule.limit, (rule.limit + chance) / 2)
+
     return {
         "event": "check",
         "trajectory": trajectory.id,
@@ -385,7 +395,7 @@ def check_event(trajectory: Trajectory, check: Check, states: Mapping[float, str
         "validation_accuracy": check.validation_accuracy,
         "distances": {f"{r:g}": verdict.distance for r, verdict in check.verdicts.items()},
         "about_to_draw": any(
-            verdict.distance is not None and verdict.distance <= 2 * limit
+            verdict.distance is not None and verdict.distance <= near(ratio)
             for ratio, verdict in check.verdicts.items()
             if states[ratio] != "drawn"
         ),

@@ -1,6 +1,7 @@
 """The search on Ray Tune: trajectories, then further proofs of tickets on the same workers."""
 
 import contextlib
+import math
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -83,18 +84,23 @@ class _Halving(ASHAScheduler):
             reduction_factor=space.halving.reduction,
             stop_last_trials=False,
         )
+        self._stopped: dict[str, float] = {}
+        """The epochs at which trajectories were stopped before: they are again, by the same."""
         for event in select(sweep.events(), "check"):
             if event["validation_accuracy"] is not None and not event["about_to_draw"]:
                 before: Any = SimpleNamespace(trial_id=event["trajectory"])
                 result = {"epoch": event["epoch"], "accuracy": event["validation_accuracy"]}
                 super().on_trial_add(None, before)  # pyright: ignore[reportArgumentType]
-                super().on_trial_result(None, before, result)  # pyright: ignore
+                if super().on_trial_result(None, before, result) == self.STOP:  # pyright: ignore
+                    self._stopped.setdefault(event["trajectory"], event["epoch"])
 
     def on_trial_add(self, tune_controller, trial) -> None:
         super().on_trial_add(tune_controller, _known(trial))
 
     def on_trial_result(self, tune_controller, trial, result) -> str:
-        return super().on_trial_result(tune_controller, _known(trial), result)
+        action = super().on_trial_result(tune_controller, _known(trial), result)
+        stopped = self._stopped.get(_known(trial).trial_id, math.inf)
+        return self.STOP if result.get("epoch", 0) >= stopped else action
 
     def on_trial_complete(self, tune_controller, trial, result) -> None:
         super().on_trial_complete(tune_controller, _known(trial), result)

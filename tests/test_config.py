@@ -283,6 +283,8 @@ def test_a_study_may_be_kept_in_any_database(url):
         "postgresql://me:sesame:@host/name",
         "postgresql://me:sesame/@host/name",
         "postgresql://host/name?user=me&password=sesame",
+        "mysql://host/name?user=me&passwd=sesame",
+        "mssql://?odbc_connect=DRIVER%3DX%3BPWD%3Dsesame",
         "me:sesame@host/name",
     ],
 )
@@ -291,6 +293,18 @@ def test_a_password_is_refused_and_not_repeated(url):
     with pytest.raises(InputError, match=r"^optuna\.storage: ") as refused:
         proposals(storage=url)
     assert "sesame" not in str(refused.value)
+
+
+def test_milestones_keep_their_shares_of_other_epochs():
+    given = Retraining(epochs=160, schedule="multistep", milestones=(80, 120))
+    found = {
+        epochs: space(retraining=given).with_retraining(epochs=epochs) for epochs in (160, 20, 1)
+    }
+    assert {n: one.retraining.milestones for n, one in found.items()} == {
+        160: (80, 120),
+        20: (10, 15),
+        1: (1, 1),
+    }
 
 
 def test_every_field_changes_the_fingerprint():
@@ -331,7 +345,7 @@ trainings = st.builds(
 )
 retrainings = st.builds(
     Retraining,
-    **recipes,
+    **recipes | {"batch_size": st.integers(4, 512)},
     weights=st.sampled_from(["inherit", "reinit"]),
     num_workers=st.sampled_from([None, 1, 2, (1, 2)]),
 )
@@ -372,7 +386,7 @@ spaces = st.builds(
     precision=st.sampled_from(["auto", "float32", "bfloat16"]),
     channels_last=st.booleans(),
     halving=st.none() | st.builds(Halving, st.integers(1, 5), st.integers(2, 4)),
-    seeds=st.lists(st.integers(0), min_size=1, unique=True).map(tuple),
+    seeds=st.lists(st.integers(0, 2**63 - 1), min_size=1, unique=True).map(tuple),
     resources=st.builds(Resources, st.integers(1, 64), st.sampled_from([0, 0.5, 1])),
 )
 

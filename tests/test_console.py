@@ -345,7 +345,7 @@ def test_a_report_says_what_was_cut_off_and_what_ran_again(report):
     assert text.startswith("first: interrupted")
     for line in (f"{LOW}: interrupted", f"{HIGH}: interrupted"):
         assert line in text
-    assert f"Run again because a worker was lost: {HIGH} (1)." in text
+    assert f"Run again, or gone on from an older checkpoint: {HIGH} (1)." in text
 
 
 def test_history_shows_the_best_of_every_budget_and_marks_what_fell(tmp_path):

@@ -263,6 +263,20 @@ def test_nothing_is_waited_for_when_all_is_done(cluster):
     assert cluster.looks == 1
 
 
+def test_what_goes_wrong_when_a_trial_is_complete_ends_the_run(monkeypatch):
+    """Tune itself takes it for an error of the trial."""
+    work, crew_ = crew_of(1)
+    monkeypatch.setattr(work, "complete", lambda _: Path("/no/such").read_bytes())
+    monkeypatch.setattr(crew, "_leaves", lambda _: False)
+    heard = crew._Heard(crew_)
+    heard.on_step_begin(0, [])
+    crew_.suggest("a")
+    with pytest.raises(FileNotFoundError):
+        heard.on_trial_complete(0, [], SimpleNamespace(trial_id="a"))
+    with pytest.raises(FileNotFoundError):
+        heard.on_step_begin(1, [])
+
+
 def failed(tmp_path: Path, error: Exception, pickled: bool = True):
     """A trial of Tune's with its files as Tune writes them."""
     (tmp_path / "error.txt").write_text(f"Failure # 1 (occurred at noon)\n{error}\n")

@@ -18,6 +18,7 @@ from made_up_sweep import LARGE, LOW, check, epoch, proof, retrained, ticket
 from raytickets import journal as journal_module
 from raytickets import storage
 from raytickets.journal import DamagedJournal, Journal, mend_journal, read_journal
+from raytickets.lease import Lost
 
 EVENTS = [check(LOW, number / 2, {"0.3": None}) for number in (1, 2, 3)]
 
@@ -145,6 +146,21 @@ def test_what_is_retrained_once_more_tells_its_epochs_again(tmp_path: Path):
     assert not again.append(epoch(LARGE, 1))
 
 
+def test_what_begins_anew_or_with_another_recipe_is_told(tmp_path: Path):
+    journal = Journal(tmp_path)
+    first = epoch(LARGE, 1) | {"identity": "100 epochs"}
+    for event in (EVENTS[0], first):
+        assert journal.append(event)
+        assert not journal.append(event)
+    assert journal.append(first | {"identity": "10 epochs"})
+    retry = {"event": "retry", "trajectory": LOW, "attempt": 1, "reason": "other versions"}
+    journal.append(retry)
+    assert not journal.append(EVENTS[0])
+    journal.append(retry | {"anew": True})
+    assert Journal(tmp_path).append(EVENTS[0])
+    assert not Journal(tmp_path).append(EVENTS[0])
+
+
 @pytest.mark.parametrize("room", [0, 1, 100])
 def test_a_disk_that_is_full_is_named_and_leaves_the_journal_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int
@@ -259,3 +275,22 @@ def test_a_journal_at_an_address_whose_lease_is_lost_uploads_nothing_more(
         time.sleep(0.1)
         assert uploads == [journal.path] * upload
         uploads.clear()
+
+
+def test_a_journal_is_not_uploaded_once_its_lease_may_be_anothers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    uploads: list[Path] = []
+    monkeypatch.setattr(storage, "address", lambda path: f"s3://bucket/{path.name}")
+    monkeypatch.setattr(storage, "keep", uploads.append)
+    monkeypatch.setattr(journal_module, "KEEP_S", 0.01)
+
+    def confirm() -> None:
+        raise Lost("nightly", "another process has taken it")
+
+    journal = Journal(tmp_path, confirm)
+    journal.append({"event": "end"})
+    time.sleep(0.1)
+    with pytest.raises(Lost):
+        journal.close()
+    assert not uploads

@@ -229,6 +229,13 @@ def left(objects, copy, monkeypatch):
     return put
 
 
+def test_the_lease_of_a_folder_that_was_copied_to_an_address_is_free(objects, copy, tmp_path):
+    with hold(tmp_path / "first"):
+        objects.content = (tmp_path / "first" / FILE).read_bytes() + b"rest"
+    with hold(copy) as lease:
+        assert lease.token == 2
+
+
 needs_proc = pytest.mark.skipif(leases._process() is None, reason="no /proc")
 
 

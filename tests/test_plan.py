@@ -361,7 +361,9 @@ def test_a_store_that_mlflow_may_be_able_to_use(tmp_path, uri):
         ("sqlite:////proc/mlflow.db", "/proc"),
         ("http://", "no host"),
         ("https://:5000/mlflow", "no host"),
-        ("http://host:port", "Port could not be cast"),
+        ("http://host:port", "'http:...' .* must be an address"),
+        ("https://me:hidden?x@host", "'https:...' .* must be an address"),
+        ("https://[hidden", "'https:...' .* must be an address"),
     ],
 )
 def test_a_store_that_no_mlflow_can_use_is_refused(tmp_path, monkeypatch, uri, said):

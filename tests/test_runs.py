@@ -313,13 +313,23 @@ def test_the_points_follow_from_the_journal_however_it_is_sent(tmp_path: Path):
         assert len({metric[:3] for metric in run.metrics}) == len(run.metrics)
 
 
+def test_a_retraining_by_hand_that_stops_is_killed_until_it_is_done(tmp_path: Path):
+    epoch = made_up_sweep.epoch(made_up_sweep.LARGE, 1)
+    stopped = {"event": "stopped", "run": made_up_sweep.LARGE, "reason": "interrupted"}
+    again = made_up_sweep.retrained(made_up_sweep.LARGE, 10, 10, 0.9)
+    events = [*made_up_sweep.FINISHED, epoch, stopped, epoch, again]
+    for count, status in ((-3, "RUNNING"), (-2, "KILLED"), (None, "FINISHED")):
+        runs = runs_of(events[:count], tmp_path).all
+        assert runs[made_up_sweep.LARGE].wanted == status
+
+
 def test_no_password_of_a_url_reaches_mlflow(tmp_path: Path):
     kept = "postgresql://me:${PASSWORD}@host/study"
     space = dataclasses.replace(
         PROPOSED,
         data=Data(source="folder", path="https://me:hidden@host/images?token=hidden"),
         network=Network(
-            "mine:net", {"source": "s3://key:hid/den@bucket", "n": ["ftp://a:hidden@b"]}
+            "mine:net", {"source": "s3://key:hid/den@bucket", "n": ["ftp://a:hidden@b?PWD=hidden"]}
         ),
         optuna=dataclasses.replace(PROPOSED.optuna, storage=kept),
     )

@@ -107,7 +107,7 @@ def test_a_report_says_what_was_cut_off_and_what_ran_again():
     found = report(finished(), ["early_bird-seed2"], {"snip-seed0": 2})
     text = printed(comparison_table(found))
     assert "early_bird-seed2: interrupted" in text
-    assert "Run again because a worker was lost: snip-seed0 (2)." in text
+    assert "Run again, or gone on from an older checkpoint: snip-seed0 (2)." in text
 
 
 def test_a_worker_that_was_lost_is_told_of():

@@ -210,6 +210,24 @@ def test_what_is_nowhere_is_left_to_who_opens_it(sweeps):
     assert (here / "manifest.json").exists()
 
 
+def test_of_a_strangers_ticket_no_more_is_downloaded_than_a_ticket_holds(
+    sweeps, tmp_path, monkeypatch
+):
+    ticket = sweeps / "first" / "tickets" / "strange"
+    ticket.mkdir(parents=True)
+    for name, size in (("manifest.json", 10), ("ticket.safetensors", 20), ("more", 10**6)):
+        (ticket / name).write_bytes(bytes(size))
+        storage.keep(ticket / name)
+    monkeypatch.setenv("RAYTICKETS_WORK", str(tmp_path / "other"))
+    largest = {"manifest.json": 10, "ticket.safetensors": 20}
+    there = storage.local(storage.address(ticket))
+    with pytest.raises(OSError, match=r"ticket\.safetensors has over 19 bytes"):
+        storage.fetch(there, largest=largest | {"ticket.safetensors": 19})
+    assert not there.exists()
+    found = storage.fetch(there, largest=largest)
+    assert sorted(path.name for path in found.iterdir()) == sorted(largest)
+
+
 def test_a_folder_without_its_manifest_is_no_ticket(sweeps, tmp_path):
     path = ticket(sweeps / "a")
     storage.keep(path / "ticket.safetensors")

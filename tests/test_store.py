@@ -153,6 +153,7 @@ def test_no_password_is_shown():
     [
         ("https://me:secret@mlflow.example/x", "https://mlflow.example/x"),
         ("postgresql://me:a/b@host/db", "postgresql://host/db"),
+        ("postgresql://host/db?user=me&password=secret", "postgresql://host/db"),
         ("sqlite:////home/me@example.org/mlflow.db", "sqlite:////home/me@example.org/mlflow.db"),
     ],
 )

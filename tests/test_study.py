@@ -43,10 +43,9 @@ def asked(space, sweep, count):
     opened_study = opened(space, sweep)
     points = []
     for _ in range(count):
-        trial = opened_study.ask()
-        points.append(study.propose(space, trial))
+        points.append(study.ask(opened_study, space))
         score = points[-1].penalty
-        opened_study.tell(trial, [score, score][: len(opened_study.directions)])
+        opened_study.tell(points[-1].number, [score, score][: len(opened_study.directions)])
     return points
 
 
@@ -99,6 +98,23 @@ def test_one_that_goes_on_does_not_propose_the_same_again(tmp_path, sampler):
     second = asked(space(sampler=sampler), tmp_path, 3)
     assert [point.number for point in second] == [3, 4, 5]
     assert {point.penalty for point in first}.isdisjoint(point.penalty for point in second)
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_one_that_was_cut_off_proposes_what_it_would_have(tmp_path, sampler):
+    def drawn(folder, *counts):
+        points = []
+        for count in counts:
+            again = opened(space(sampler=sampler, startup=2), folder)
+            for _ in range(count):
+                points.append(study.ask(again, space(sampler=sampler, startup=2)))
+                again.tell(points[-1].number, points[-1].penalty)
+        return points
+
+    folders = [tmp_path / name for name in ("whole", "cut")]
+    for folder in folders:
+        folder.mkdir()
+    assert drawn(folders[0], 6) == drawn(folders[1], 1, 3, 2)
 
 
 @pytest.mark.parametrize(("sampler", "least", "most"), [("tpe", 9, 20), ("random", 0, 5)])

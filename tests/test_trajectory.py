@@ -451,13 +451,13 @@ def test_going_on_trains_only_what_is_left(few, tmp_path, monkeypatch):
         {"proof": dataclasses.replace(SHORT.proof, budget=0.4)},
         {"network": Network("cifar_vgg", {"depth": 9, "width": 0.25})},
     ):
-        stopped(setting_of(dataclasses.replace(SHORT, **changes), few, tmp_path), 2)
+        stopped(setting_of(dataclasses.replace(SHORT, **changes), few, tmp_path), 3)
     other = dataclasses.replace(few, fingerprint="other")
-    stopped(setting_of(SHORT, other, tmp_path), 2)
-    stopped(setting_of(SHORT, few, tmp_path, LOW), 2)
-    stopped(setting, 1, Point(1e-3, 0, changes={"training.epochs": 5}))
+    stopped(setting_of(SHORT, other, tmp_path), 3)
+    stopped(setting_of(SHORT, few, tmp_path, LOW), 3)
+    stopped(setting, 2, Point(1e-3, 0, changes={"training.epochs": 5}))
     monkeypatch.setattr(trajectory, "package_versions", lambda: {"torch": "other"})
-    stopped(setting, 1)
+    stopped(setting, 2)
     assert first[3:] == [0] * 6
 
 
@@ -468,6 +468,16 @@ def test_a_trajectory_that_ended_tells_it_again_without_training(few, tmp_path, 
     assert not checkpoint.load(file.parent).tensors
     monkeypatch.setattr(trajectory, "fit", lambda *_, **__: pytest.fail("it was trained again"))
     assert list(run_trajectory(setting, Point(1e-3, 0))) == whole
+
+
+def test_that_it_begins_anew_with_other_versions_is_told(few, tmp_path, monkeypatch):
+    setting = setting_of(SHORT, few, tmp_path)
+    stopped(setting, 3)
+    monkeypatch.setattr(trajectory, "package_versions", lambda: {"torch": "other"})
+    (retry,), (check, *_), *_ = run_trajectory(setting, Point(1e-3, 0))
+    assert (retry["event"], retry["attempt"], retry["anew"]) == ("retry", 1, True)
+    assert retry["reason"].startswith("other versions")
+    assert check["check"] == 1
 
 
 @pytest.mark.parametrize(("spared", "epoch"), [(1, 3), (0, 0)])

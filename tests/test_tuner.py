@@ -322,6 +322,18 @@ def test_a_sweep_that_goes_on_knows_how_accurate_trajectories_were_before(sweep)
     assert judge(halving, trial("d", 3), 2.0, 0.5) == "STOP"
 
 
+def test_what_halving_had_stopped_is_stopped_again_at_the_same_epoch(sweep):
+    tell = teller(sweep)
+    for number, accuracy in ((0, 0.9), (1, 0.5)):
+        judged = {"validation_accuracy": accuracy, "about_to_draw": False}
+        tell(check(f"trial{number}-seed0", 2.0, {"0.3": None, "0.5": None}) | judged)
+    halving = tuner._Halving(halved(), sweep)
+    halving.on_trial_add(None, trial("b", 1))
+    assert judge(halving, trial("b", 1), 1.0, 0.99) == "CONTINUE"
+    assert judge(halving, trial("b", 1), 2.0, 0.5) == "STOP"
+    assert judge(halving, trial("b", 1), 3.0, 0.99) == "STOP"
+
+
 # On Ray
 
 MORTAL = """

@@ -1,6 +1,6 @@
 """Seeded faults in real processes: small sweeps are disturbed, and run again until they are done.
 
-    uv run python tests/faults/suite.py --faults 200     # about an hour on 2 cores
+    uv run python tests/faults/suite.py --faults 200 --folder EMPTY     # about an hour on 2 cores
 
 Every sweep gets several faults of several kinds (see injector/sitecustomize.py). After each, its
 command is run again, as a person would. In the end the tickets, retrained weights and results must

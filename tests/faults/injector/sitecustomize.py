@@ -69,7 +69,7 @@ def damage(path, place):
 # kind: the module and the function before whose call it strikes, and what it does
 PLACES = {
     "worker killed in an epoch": ("raytickets.trajectory", "accuracy", die),
-    "worker killed at a ticket": ("raytickets.ticket", "_sync", die),
+    "worker killed at a ticket": ("raytickets.ticket", "sync", die),
     "worker killed at a checkpoint": ("raytickets.checkpoint", "save", die),
     "worker killed in a proof": ("raytickets.draw", "fine_tune", die),
     "rank killed in retraining": ("raytickets.retrain", "epoch_event", die),
