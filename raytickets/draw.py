@@ -19,9 +19,9 @@ from raytickets.earlybird import Verdict
 from raytickets.energy import Meter
 from raytickets.journal import Event
 from raytickets.masks import cut, widen
-from raytickets.shrink import ChannelGroup
+from raytickets.shrink import ChannelGroup, spread
 from raytickets.ticket import group_masks, kept_channels, load_ticket, package_versions, save_ticket
-from raytickets.train import SGD, Numerics, accuracy, cosine, seeded, train
+from raytickets.train import SGD, Numerics, accuracy, cosine, seed_of, seeded, train
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,8 @@ def cut_groups(setting: Setting, scores: Tensor, ratio: float) -> tuple[Tensor, 
     """
     space, widths = setting.space, [group.width for group in setting.groups]
     chosen = cut(scores, ratio)
-    mask = widen(chosen, scores, widths, least=space.min_channels, multiple=space.round_to)
+    mask = spread(setting.groups, chosen, scores)
+    mask = widen(mask, scores, widths, least=space.min_channels, multiple=space.round_to)
     return mask, chosen
 
 
@@ -108,7 +109,9 @@ def write_ticket(
     shape, groups = setting.dataset.shape, setting.groups
     parts = chosen.split([group.width for group in groups])
     verdict = check and check.verdicts[ratio]
-    network = copy.deepcopy(shrunk).cpu().float()
+    # Copying thousands of small tensors takes as long as writing them.
+    plain = all(w.device.type == "cpu" and w.dtype == torch.float32 for w in shrunk.parameters())
+    network = shrunk if plain else copy.deepcopy(shrunk).cpu().float()
     found = {
         "penalty": trajectory.penalty,
         "prune_ratio": ratio,
@@ -198,7 +201,7 @@ def fine_tune(
     endless = (batch for order in orders for batch in batches.training(recipe.batch_size, order))
     rates = [recipe.learning_rate * cosine(step / steps) for step in range(steps)]
     optimizer = SGD(setting.numerics.place(network), recipe.momentum, recipe.weight_decay)
-    torch.manual_seed(seeded("proof dropout", seed).initial_seed())
+    torch.manual_seed(seed_of("proof dropout", seed))
     train(network, optimizer, islice(endless, steps), rates, setting.numerics)
     spent = cost.training_macs(macs, steps * recipe.batch_size)
     return accuracy(network, batches, "validation", setting.numerics), spent

@@ -35,9 +35,16 @@ from raytickets.draw import Check, Setting, Trajectory, cut_groups, write_ticket
 from raytickets.energy import Meter
 from raytickets.journal import Event
 from raytickets.masks import to_text
-from raytickets.shrink import ChannelGroup, channel_groups, scorer, sensitivity, shrink
+from raytickets.shrink import (
+    ChannelGroup,
+    emptied,
+    narrowed,
+    scorer,
+    sensitivity,
+    shrink,
+)
 from raytickets.ticket import has_lost, load_ticket, save_retrained
-from raytickets.train import epoch_event, fit, retrained_event, seeded
+from raytickets.train import epoch_event, fit, retrained_event, seed_of, seeded
 from raytickets.trajectory import (
     Learner,
     check_event,
@@ -152,7 +159,7 @@ def _snip(trajectory: Trajectory, network: nn.Module) -> Iterator[list[Event]]:
     size = max(SNIP_BATCH, setting.space.retraining.batch_size)
     images, labels = next(setting.batches.training(size, seeded("snip", trajectory.seed)))
     looked = copy.deepcopy(network).requires_grad_(True)
-    torch.manual_seed(seeded("dropout", trajectory.seed).initial_seed())
+    torch.manual_seed(seed_of("dropout", trajectory.seed))
     F.cross_entropy(setting.numerics.exact.logits(looked, images), labels).backward()
     scores = sensitivity(looked, setting.groups)
     ledger = _ledger(trajectory.meter, setting.dense_macs, len(labels))
@@ -167,7 +174,7 @@ def _snip(trajectory: Trajectory, network: nn.Module) -> Iterator[list[Event]]:
 
 def _early_bird(trajectory: Trajectory, network: nn.Module) -> Iterator[list[Event]]:
     setting, seed = trajectory.setting, trajectory.seed
-    new = _initial(setting, seeded("reinit", seed).initial_seed())
+    new = _initial(setting, seed_of("reinit", seed))
 
     def draw(check: Check, ratios: Sequence[float]) -> Iterator[Event]:
         ledger = _ledger(trajectory.meter, setting.dense_macs, check.samples)
@@ -260,7 +267,7 @@ def _train(
     example = trajectory.setting.dataset.shape.example()
     setting = dataclasses.replace(
         trajectory.setting,
-        groups=channel_groups(network, example),
+        groups=narrowed(trajectory.setting.groups, mask),
         dense_macs=cost.macs(network, example.to(trajectory.setting.numerics.device)),
     )
     here, meter = dataclasses.replace(trajectory, setting=setting), setting.meter()
@@ -320,12 +327,19 @@ def _train(
 
 
 def random_mask(groups: Sequence[ChannelGroup], mask: Tensor, generator: torch.Generator) -> Tensor:
-    """A mask that keeps as many channels of every group as this one, at random.
+    """A mask that keeps as many channels of every group as this one, at random, and some of each of
+    its modules.
 
     Both are bool [channels over all groups].
     """
-    parts = mask.split([group.width for group in groups])
-    return torch.cat([part[torch.randperm(len(part), generator=generator)] for part in parts])
+    drawn = []
+    for group, part in zip(groups, mask.split([group.width for group in groups]), strict=True):
+        while True:
+            shuffled = part[torch.randperm(len(part), generator=generator)]
+            if not any(emptied(group, shuffled)):
+                break
+        drawn.append(shuffled)
+    return torch.cat(drawn)
 
 
 def _everything(setting: Setting) -> Tensor:

@@ -8,8 +8,9 @@ grouped convolution where whole groups can go.
 import copy
 import sys
 import warnings
+from bisect import bisect
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -100,13 +101,8 @@ def gammas(network: nn.Module) -> Tensor:
     Float32 [sum of their widths], detached, on the network's device: what the rule of You et al.
     2020 (arXiv 1909.11957, section 3.2) sorts.
     """
-    scales: list[Tensor] = [
-        module.weight
-        for module in network.modules()
-        if isinstance(module, nn.BatchNorm2d) and module.affine
-    ]
     with torch.no_grad():
-        return torch.cat(scales).abs().float()
+        return torch.cat([norm.weight for _, norm in _batchnorms(network)]).abs().float()
 
 
 def scorer(network: nn.Module, groups: Sequence[ChannelGroup]) -> Callable[[], Tensor]:
@@ -177,19 +173,61 @@ def shrink(network: nn.Module, groups: Sequence[ChannelGroup], mask: Tensor) -> 
     mask is bool [sum of group widths], True for a kept channel. Mode, device, dtype and each
     parameter's requires_grad are those of the network, which is left as it was; gradients are not
     copied. Groups of another network of the same architecture do as well. Raises `ValueError` on
-    a mask of another shape or dtype and on one that keeps nothing of a group.
+    a mask of another shape or dtype and on one that keeps nothing of a group in one of its modules.
     """
-    removals: dict[tuple[str, Axis], list[int]] = defaultdict(list)
-    for group, kept in zip(groups, _split(mask, groups), strict=True):
-        if not kept.any():
-            raise ValueError(f"the mask keeps no channel of group {group.name}")
-        for part in group.parts:
-            removals[part.module, part.axis] += _dropped(part, kept)
     small = copy.deepcopy(network)
     small.zero_grad()
-    for (name, axis), channels in removals.items():
+    for (name, axis), channels in _removals(groups, mask).items():
         _remove(small.get_submodule(name), axis, channels)
     return small
+
+
+def narrowed(groups: Sequence[ChannelGroup], mask: Tensor) -> tuple[ChannelGroup, ...]:
+    """The channel groups of the network that `shrink` makes of this mask, which it numbers anew.
+
+    What is one mask channel stays one. Tracing the small network may tell otherwise: a grouped
+    convolution with one group left is an ordinary one. Raises ValueError as `shrink` does.
+    """
+    removals, small = _removals(groups, mask), []
+    for group, kept in zip(groups, _split(mask, groups), strict=True):
+        numbers, parts = (kept.cumsum(0) - 1).tolist(), []
+        for part in group.parts:
+            gone = sorted(removals[part.module, part.axis])
+            places = zip(part.channels, part.owners, strict=True)
+            left = [(c - bisect(gone, c), numbers[owner]) for c, owner in places if kept[owner]]
+            parts.append(Part(part.module, part.axis, *zip(*left, strict=True)))
+        small.append(ChannelGroup(group.name, int(kept.sum()), tuple(parts)))
+    return tuple(small)
+
+
+def spread(groups: Sequence[ChannelGroup], mask: Tensor, scores: Tensor) -> Tensor:
+    """The mask with the best channel of every module added back that it would leave without any.
+
+    A group's modules need not hold all of its channels: branches may be concatenated before an add.
+    mask is bool and scores float, both [sum of group widths]; returns a new bool of that shape.
+    """
+    widths, spread = [group.width for group in groups], mask.clone()
+    for group, kept, score in zip(groups, spread.split(widths), scores.split(widths), strict=True):
+        for part in emptied(group, kept):
+            owners = torch.tensor(part.owners)
+            kept[owners[score[owners].argmax()]] = True
+    return spread
+
+
+def emptied(group: ChannelGroup, kept: Tensor) -> Iterator[Part]:
+    """What of the group is left without a channel, as `kept`, bool [width], is when it is asked."""
+    return (part for part in group.parts if not kept[list(part.owners)].any())
+
+
+def _removals(groups: Sequence[ChannelGroup], mask: Tensor) -> dict[tuple[str, Axis], list[int]]:
+    """The channels to remove, by module and axis."""
+    removals: dict[tuple[str, Axis], list[int]] = defaultdict(list)
+    for group, kept in zip(groups, _split(mask, groups), strict=True):
+        for part in emptied(group, kept):
+            raise ValueError(f"the mask keeps no channel of group {group.name} in {part.module}")
+        for part in group.parts:
+            removals[part.module, part.axis] += _dropped(part, kept)
+    return removals
 
 
 def check_prunable(network: nn.Module, groups: Sequence[ChannelGroup], example: Tensor):
@@ -211,8 +249,8 @@ def check_prunable(network: nn.Module, groups: Sequence[ChannelGroup], example: 
             if norm.running_mean is not None and norm.running_var is not None:
                 norm.running_mean.uniform_(-0.5, 0.5)
                 norm.running_var.uniform_(0.5, 1.5)
-        pieces = [torch.rand(group.width) for group in groups]
-        mask = torch.cat([(piece > 0.5) | (piece == piece.max()) for piece in pieces])
+        scores = torch.rand(sum(group.width for group in groups))
+        mask = spread(groups, scores > 0.5, scores)
         try:
             shrunk = shrink(masked, groups, mask)(images)
         except Exception as error:

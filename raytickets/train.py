@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,14 +17,22 @@ from raytickets.batches import Batches
 from raytickets.config import Precision, Training
 from raytickets.journal import Event
 
+# Every ticket has shapes of its own, whose kernels would push those of the network in training out.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
+
 PART = 25
 """Steps of training between two looks at whether a checkpoint is due."""
 
 
 def seeded(*purpose: object) -> torch.Generator:
     """A CPU generator whose stream is a function of the purpose alone."""
+    return torch.Generator().manual_seed(seed_of(*purpose))
+
+
+def seed_of(*purpose: object) -> int:
+    """A seed that is a function of the purpose alone: a whole number below 2**63."""
     digest = hashlib.sha256(repr(purpose).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def learning_rate(recipe: Training, progress: float) -> float:
@@ -235,7 +244,7 @@ def fit(
         shuffled = batches.training(recipe.batch_size, generator, *worker, first=done)
         for start, end in pairwise(bounds[bounds.index(done) :]):
             steps = range(epoch * count + start, epoch * count + end)
-            seeds = (seeded("dropout", *purpose, *worker, step).initial_seed() for step in steps)
+            seeds = (seed_of("dropout", *purpose, *worker, step) for step in steps)
             some = _reseeded(shuffled, seeds, numerics.device)
             rates = [learning_rate(recipe, step / count) for step in steps]
             loss = train(network, optimizer, some, rates, numerics, penalty)

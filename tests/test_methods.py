@@ -432,7 +432,7 @@ def test_rounds_never_ask_for_a_channel_that_is_gone(data):
         space=SimpleNamespace(
             min_channels=data.draw(st.integers(1, 6)), round_to=data.draw(st.integers(1, 9))
         ),
-        groups=[SimpleNamespace(width=width) for width in widths],
+        groups=[SimpleNamespace(width=width, parts=()) for width in widths],
     )
     rounds, ratio = data.draw(st.integers(2, 5)), data.draw(st.floats(0.01, 0.99))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
@@ -453,7 +453,7 @@ def test_rounds_never_ask_for_a_channel_that_is_gone(data):
     st.integers(0, 1000),
 )
 def test_a_random_mask_has_the_same_widths(parts, seed):
-    groups = [SimpleNamespace(width=len(part)) for part in parts]
+    groups = [SimpleNamespace(width=len(part), parts=()) for part in parts]
     mask = torch.tensor([kept for part in parts for kept in part])
     other = random_mask(groups, mask, seeded(seed))
     widths = [len(part) for part in parts]
@@ -462,7 +462,7 @@ def test_a_random_mask_has_the_same_widths(parts, seed):
 
 
 def test_a_random_mask_favours_no_channel():
-    groups = [SimpleNamespace(width=8), SimpleNamespace(width=4)]
+    groups = [SimpleNamespace(width=width, parts=()) for width in (8, 4)]
     mask = torch.tensor([True] * 2 + [False] * 6 + [False] + [True] * 3)
     drawn = torch.stack([random_mask(groups, mask, seeded(place)) for place in range(2000)])
     shares = drawn.double().mean(0)

@@ -18,9 +18,11 @@ from raytickets.shrink import (
     check_prunable,
     gammas,
     mask_network,
+    narrowed,
     scorer,
     sensitivity,
     shrink,
+    spread,
 )
 
 FAST = [
@@ -410,12 +412,75 @@ def test_shrinking_in_rounds_is_shrinking_at_once(name, data):
     wide, narrow = best | (scores > 0.3), best | (scores > 0.6)
     small = shrink(network, groups, wide)
     again = channel_groups(small, images)
+    assert narrowed(groups, wide) == again
     kept = [int(part.sum()) for part in wide.split(widths)]
     assert [(g.name, g.width) for g in again] == list(
         zip((g.name for g in groups), kept, strict=True)
     )
     twice, once = shrink(small, again, narrow[wide]), shrink(network, groups, narrow)
     assert all(map(torch.equal, twice.state_dict().values(), once.state_dict().values()))
+
+
+class Branches(nn.Module):
+    """An add of 32 channels and of four branches of 8, which are all one group."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32))
+        self.branches = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(32, 8, 1), nn.BatchNorm2d(8)) for _ in range(4)
+        )
+        self.head = nn.Linear(32, 10)
+
+    def forward(self, images):
+        images = self.stem(images)
+        images = images + torch.cat([branch(images) for branch in self.branches], 1)
+        return self.head(images.mean((2, 3)))
+
+
+@given(seed=st.integers(0, 1000), ratio=st.floats(0.1, 0.99))
+@settings(max_examples=20, deadline=None)
+def test_no_branch_is_left_without_a_channel(seed, ratio):
+    network, images = as_if_trained(Branches()), images_for("cifar_vgg")
+    groups = channel_groups(network, images)
+    assert [group.width for group in groups] == [32]
+    scores = torch.rand(32, generator=torch.Generator().manual_seed(seed))
+    mask = spread(groups, scores > ratio, scores)
+    added = mask & ~(scores > ratio)
+    for branch in range(4):
+        own = slice(8 * branch, 8 * branch + 8)
+        assert int(added[own].sum()) == (not (scores[own] > ratio).any())
+        assert mask[own].any()
+        assert not added[own].any() or bool(added[own][scores[own].argmax()])
+    small = shrink(network, groups, mask)
+    with torch.no_grad():
+        assert difference(small(images), masked(network, groups, mask)(images)) < 1e-9
+
+
+def test_a_mask_that_leaves_a_branch_without_a_channel_is_refused():
+    network, images = Branches(), images_for("cifar_vgg").float()
+    groups = channel_groups(network, images)
+    with pytest.raises(ValueError, match=r"keeps no channel of group .* in branches\.1\."):
+        shrink(network, groups, torch.arange(32) < 8)
+
+
+def test_a_grouped_convolution_with_one_group_left_stays_one_channel():
+    network = nn.Sequential(
+        *(nn.Conv2d(3, 16, 1), nn.BatchNorm2d(16), nn.Conv2d(16, 16, 1, groups=2)),
+        *(nn.BatchNorm2d(16), nn.Flatten(), nn.Linear(16 * 16, 10)),
+    )
+    images = torch.zeros(1, 3, 4, 4)
+    groups = channel_groups(network, images)
+    (width,) = {group.width for group in groups}
+    assert width == 2
+    mask = torch.tensor([True, False] * len(groups))
+    small = shrink(network, groups, mask)
+    left = narrowed(groups, mask)
+    assert [group.width for group in left] == [1] * len(groups)
+    whole = torch.ones(len(groups), dtype=torch.bool)
+    kept = shrink(small, left, whole).state_dict().values()
+    assert all(map(torch.equal, small.state_dict().values(), kept))
+    assert len(scorer(small, left)()) == len(groups)
 
 
 def test_a_mask_that_keeps_everything_changes_nothing():
@@ -430,7 +495,7 @@ def test_a_mask_that_does_not_fit_is_refused():
     total = sum(group.width for group in groups)
     empty = torch.ones(total, dtype=torch.bool)
     empty[: groups[0].width] = False
-    with pytest.raises(ValueError, match=r"keeps no channel of group 0$"):
+    with pytest.raises(ValueError, match=r"keeps no channel of group 0 in 0$"):
         shrink(network, groups, empty)
     for mask in (torch.ones(total), torch.ones(total - 1, dtype=torch.bool)):
         for act in (shrink, mask_network):
