@@ -41,13 +41,14 @@ from raytickets.batches import Batches
 from raytickets.config import InputError, SearchSpace
 from raytickets.data import DataSet
 from raytickets.journal import Event
-from raytickets.models import build_network
 from raytickets.plan import deadline_s
 from raytickets.room import LOOK_S, Waiting
 from raytickets.ticket import has_lost, load_ticket, save_retrained
-from raytickets.train import SGD, epoch_event, fit, numerics, retrained_event, seeded
+from raytickets.train import SGD, epoch_event, fit, numerics, retrained_event, seed_of
+from raytickets.trajectory import dense_network
 
 DENSE = "dense"
+LEAST_IMAGES = 32
 """The run of the dense reference."""
 
 RETRIES = 2
@@ -65,12 +66,14 @@ class Job:
 def worker_count(space: SearchSpace, available: int, grows: bool = False) -> int | tuple[int, int]:
     """Workers to retrain with, or the least and the most, as the space asks for.
 
+    Where it asks for none, each has at least `LEAST_IMAGES` of a batch: BatchNorm over few is
+    another network (Wu and He 2018, arXiv 1803.08494, figure 1).
     `available` counts the CPUs, or the GPUs if there are any. Raises InputError if the space asks
     for more, unless the cluster grows.
     """
     asked = space.retraining.num_workers
     if asked is None:
-        return max(min(available, space.retraining.batch_size // 2), 1)
+        return max(min(available, space.retraining.batch_size // LEAST_IMAGES), 1)
     if (asked if isinstance(asked, int) else asked[0]) > available and not grows:
         allowed = f"the cluster has room for {available}"
         raise InputError("retraining.num_workers", asked, allowed)
@@ -313,13 +316,11 @@ def _retrain_one(space: SearchSpace, job: Job, dataset: DataSet, sweep: Path, qu
     how = numerics(space.precision, space.channels_last, network, device)
     how.place(network)
     optimizer = SGD(network, recipe.momentum, recipe.weight_decay)
-    best: dict[str, Tensor] = {}
     losses = torch.zeros((), dtype=torch.float64, device=device)
     started = time.monotonic()
     if found is not None:
         network.load_state_dict(_part(found.tensors, "network."))
         optimizer.load(_part(found.tensors, "optimizer."))
-        best = _part(found.tensors, "best.")
         losses.copy_(found.tensors["losses"])
         started -= found.state["seconds"]
     # Buffers are needed at an epoch's end alone, and not before every step as by default. And
@@ -340,7 +341,7 @@ def _retrain_one(space: SearchSpace, job: Job, dataset: DataSet, sweep: Path, qu
     def save() -> None:
         tensors = _prefixed("network.", network.state_dict()) | {"losses": losses}
         tensors |= _prefixed("optimizer.", optimizer.state())
-        writer.save(_copied(tensors) | _prefixed("best.", best), state())
+        writer.save(_copied(tensors), state())
 
     purpose, ours = ("retrain", space.seeds[0]), (rank, world)
     parts = fit(parallel, optimizer, batches, recipe, purpose, how, first=int(first), worker=ours)
@@ -362,16 +363,15 @@ def _retrain_one(space: SearchSpace, job: Job, dataset: DataSet, sweep: Path, qu
                 _from_first_worker(buffer, world)  # BatchNorm's averages are of its own images.
             event = epoch_event(job.run, epoch, mean, network, batches, recipe, how, ours)
             if rank == 0:
-                events.append(event | {"num_workers": world})
-                if _best(events) == events[-1]:
-                    best = _copied(network.state_dict())
+                events.append(event | {"num_workers": world, "identity": folder.name})
                 save()
                 writer.wait()
                 queue.put(events[-1])
         took = time.monotonic() - started
         event = retrained_event(job.run, took, network, macs, batches, recipe, how, ours)
         if rank == 0:
-            top = _best(events)
+            # The first epoch of the highest.
+            top = max(events, key=lambda epoch: epoch["validation_accuracy"])
             event |= {
                 "best_epoch": top["epoch"],
                 "best_validation_accuracy": top["validation_accuracy"],
@@ -381,10 +381,8 @@ def _retrain_one(space: SearchSpace, job: Job, dataset: DataSet, sweep: Path, qu
                 ticket = save_retrained(sweep / "retrained", job.path, network, event)
                 event["path"] = str(ticket.path.relative_to(sweep))
             events.append(event)
-            # The last weights are the ticket's now; the best ones stay here if they are others.
-            kept = best if top["epoch"] < recipe.epochs else {}
             steps = recipe.epochs * count + 1  # One more than there are: it has ended.
-            writer.save(_prefixed("best.", kept), state(), keep=1)
+            writer.save({}, state(), keep=1)
             writer.wait()
             queue.put(event)
 
@@ -415,11 +413,6 @@ def weigh(parallel: nn.Module, weight: float) -> None:
     parallel.register_forward_hook(scale)
 
 
-def _best(events: Sequence[Event]) -> Event:
-    """The first epoch of the highest validation accuracy."""
-    return max(events, key=lambda event: event["validation_accuracy"])
-
-
 def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
 
@@ -438,14 +431,9 @@ def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def _starting_network(space: SearchSpace, job: Job, dataset: DataSet) -> nn.Module:
     if job.path is None:
-        return build_network(
-            space.network,
-            in_channels=dataset.shape.channels,
-            num_classes=len(dataset.shape.classes),
-            seed=space.seeds[0],
-        )
+        return dense_network(space, dataset, space.seeds[0])
     ticket = load_ticket(job.path, trust_code=True)
     if space.retraining.weights == "reinit":
         # The ticket's own seed would give it back the weights that its trajectory began with.
-        return ticket.fresh_network(seeded("reinit", ticket.manifest["seed"]).initial_seed())
+        return ticket.fresh_network(seed_of("reinit", ticket.manifest["seed"]))
     return ticket.network()

@@ -42,8 +42,8 @@ STEPS = 128 // 24
     ("asked", "batch", "available", "workers"),
     [
         (None, 64, 2, 2),
-        (None, 30, 7, 7),
-        (None, 7, 4, 3),
+        (None, 128, 64, 4),
+        (None, 30, 7, 1),
         (None, 64, 0, 1),
         (3, 64, 4, 3),
         ((2, 8), 64, 4, (2, 8)),
@@ -401,6 +401,7 @@ from raytickets.data import load_data
 from raytickets.retrain import DENSE, Job, ScalingConfig, retrain, worker_count
 from raytickets.room import NoRoom
 
+module.LEAST_IMAGES = 12
 module.ScalingConfig = functools.partial(ScalingConfig, elastic_resize_monitor_interval_s=3)
 folder, asked, here, there, epochs = sys.argv[1:]
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": int(here)})
