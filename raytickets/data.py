@@ -123,8 +123,12 @@ def _load_folder(data: Data) -> tuple[Shape, dict[str, Images] | dict[str, Files
     if _streams(data, len(folder.paths), shape.size):
         files = dataclasses.replace(files, root=str(folder.root.resolve()))
         return shape, {name: files.take(at) for name, at in places.items()}
-    images, labels = read_images(files), folder.labels
-    return shape, {name: Images(images[at], labels[at]) for name, at in places.items()}
+    needed = np.unique(np.concatenate(list(places.values())))
+    images = read_images(files, needed)
+    return shape, {
+        name: Images(images[np.searchsorted(needed, at)], folder.labels[at])
+        for name, at in places.items()
+    }
 
 
 def _load_table(data: Data) -> tuple[Shape, dict[str, Images]]:
@@ -146,7 +150,9 @@ def _folder_shape(data: Data, folder: ImageFolder) -> Shape:
 
 def _table_shape(data: Data, table: Table) -> Shape:
     size = data.image_size or _square(table.first())
-    _check_memory(data, len(table.labels), size)
+    # No others are decoded.
+    count = len(table.labels) if data.limit is None else min(len(table.labels), 2 * data.limit)
+    _check_memory(data, count, size)
     return Shape(channels=3, size=size, classes=table.classes)
 
 

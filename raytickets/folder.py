@@ -15,13 +15,13 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import numpy as np
 import PIL
 from PIL import Image, ImageOps
 
-from raytickets.config import InputError
+from raytickets.config import InputError, expanded
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 """Files with these endings are images, as in torchvision's ImageFolder."""
@@ -175,7 +175,7 @@ def list_folder(path: str | None) -> ImageFolder:
     Raises InputError if there is no such folder, a class folder holds no image, there are fewer
     than two classes, the splits differ in their classes, or classes seem to be splits.
     """
-    root = Path(str(path)).expanduser()
+    root = expanded("data.path", path)
     if not root.is_dir():
         allowed = "must be a folder with train/<class>/<image> and test/<class>/<image>"
         raise InputError("data.path", path, allowed)
@@ -230,10 +230,14 @@ def _check_no_splits(root: Path) -> None:
 def _list_classes(folder: Path, classes: tuple[str, ...] | None) -> dict[str, list[str]]:
     """The image files of every class, both sorted; the classes must be the given ones, if any."""
     found: dict[str, list[str]] = {}
-    for child in sorted(path for path in folder.iterdir() if path.is_dir()):
+    try:
+        children = sorted(path for path in folder.iterdir() if path.is_dir())
+    except OSError as error:
+        _refuse(error)
+    for child in children:
         files = [
             f"{place}/{name}"
-            for place, _, names in os.walk(child)
+            for place, _, names in os.walk(child, onerror=_refuse)
             for name in names
             if name.lower().endswith(SUFFIXES)
         ]
@@ -247,6 +251,10 @@ def _list_classes(folder: Path, classes: tuple[str, ...] | None) -> dict[str, li
         allowed = f"must have the same class folders as train/, which are {', '.join(classes)}"
         raise InputError("data.path", str(folder), allowed)
     return found
+
+
+def _refuse(error: OSError) -> NoReturn:
+    raise InputError("data.path", error.filename, f"cannot be read ({error.strerror})") from error
 
 
 def open_image(path: Path) -> Image.Image:
@@ -273,14 +281,21 @@ def _unreadable(path: Path, error: Exception) -> InputError:
     return InputError("data.path", str(path), f"is not a readable image ({error})")
 
 
-def read_images(files: Files) -> np.ndarray:
-    """Every image, uint8 [N, size, size, 3] and read-only: from the cache, or decoded and cached.
+def read_images(files: Files, places: np.ndarray | None = None) -> np.ndarray:
+    """Images, uint8 [n, size, size, 3] and read-only: from the cache, or decoded and cached.
 
-    The cache is `$XDG_CACHE_HOME/raytickets` (`~/.cache/raytickets`), unless `RAYTICKETS_CACHE` is
-    `0` or `off`. An entry is a .npy file with its SHA-256 after it; a folder has one at a time. One
-    that is damaged is decoded anew, and one that cannot be written costs a warning.
+    They are those at `places`, int64 [n], or all. The cache is `$XDG_CACHE_HOME/raytickets`
+    (`~/.cache/raytickets`), unless `RAYTICKETS_CACHE` is `0` or `off`. An entry is a .npy file with
+    its SHA-256 after it; a folder has one of all its images and one of a part at a time. One that
+    is damaged is decoded anew, and one that cannot be written costs a warning.
     """
     entry = _cache_entry(files)
+    if places is not None and len(places) < len(files):
+        images = None if entry is None else _read(entry)
+        if images is not None:
+            return images[places]
+        files = files.take(places)
+        entry = _cache_entry(files, "part")
     images = None if entry is None else _read(entry)
     if images is None:
         images = files.pixels(np.arange(len(files)))
@@ -289,7 +304,7 @@ def read_images(files: Files) -> np.ndarray:
     return images
 
 
-def _cache_entry(files: Files) -> Path | None:
+def _cache_entry(files: Files, kind: str = "") -> Path | None:
     """Where these images are cached: `<the folder's hash>-<the hash of all they depend on>.npy`."""
     if os.environ.get("RAYTICKETS_CACHE", "").lower() in ("0", "off"):
         return None
@@ -303,7 +318,7 @@ def _cache_entry(files: Files) -> Path | None:
     key = hashlib.sha256(json.dumps(rules).encode())
     for part in (root, *files.paths.tolist(), files.stats().tobytes()):
         key.update(part + b"\0")
-    folder = hashlib.sha256(root).hexdigest()[:16]
+    folder = hashlib.sha256(root + kind.encode()).hexdigest()[:16]
     return home / "raytickets" / f"{folder}-{key.hexdigest()[:32]}.npy"
 
 

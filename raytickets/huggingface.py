@@ -5,13 +5,12 @@ import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from raytickets.config import Data, InputError
+from raytickets.config import Data, InputError, expanded
 from raytickets.folder import HELD_OUT, fit, held_out, in_rgb
 
 if TYPE_CHECKING:
@@ -96,6 +95,9 @@ def open_table(data: Data) -> Table:
     if not len(splits["train"]) or (labels < 0).any():
         allowed = f"must have rows, and a class in the column {label} of every one"
         raise InputError("data.path", data.path, allowed)
+    if len(classes) < 2:
+        allowed = f"must have at least two classes in the column {label}, not {len(classes)}"
+        raise InputError("data.path", data.path, allowed)
     return Table(str(data.path), rows, labels, classes, splits)
 
 
@@ -105,7 +107,7 @@ def _load(data: Data) -> "DatasetDict | dict[str, Dataset]":
     except ImportError as error:
         allowed = f"needs the extra huggingface: pip install 'raytickets[huggingface]' ({error})"
         raise InputError("data.source", data.source, allowed) from error
-    folder = Path(str(data.path)).expanduser()
+    folder = expanded("data.path", data.path)
     if not folder.is_dir() and not data.download:
         allowed = "is no folder here; download=True fetches a data set of this name from the Hub"
         raise InputError("data.path", data.path, allowed)

@@ -2,12 +2,11 @@
 
 import importlib
 import sys
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
 
-from raytickets.config import Data, InputError
+from raytickets.config import Data, InputError, expanded
 
 
 def torchvision(part: str) -> ModuleType:
@@ -30,7 +29,7 @@ def read_cifar(data: Data, *, train: bool) -> tuple[np.ndarray, np.ndarray, tupl
     """
     name = {"cifar10": "CIFAR10", "cifar100": "CIFAR100"}[data.source]
     kind = getattr(torchvision("datasets"), name)
-    root = Path(str(data.path)).expanduser()
+    root = expanded("data.path", data.path)
     try:
         found = kind(str(root), train=train, download=data.download)
     except Exception as error:  # A download fails in many ways, and a damaged archive in more.

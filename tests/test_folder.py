@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -69,6 +70,25 @@ def test_splits_that_are_there_are_told_apart(image_folder):
         "test/a/0.png",
         "test/b/0.png",
     ]
+
+
+def test_a_folder_that_cannot_be_read_is_named_and_not_left_out(image_folder, monkeypatch):
+    path = image_folder({"train/a": 3, "train/b": 1, "train/b/more": 2})
+    scandir = os.scandir
+
+    def refusing(place):
+        if Path(place).name == "more":
+            raise PermissionError(13, "Permission denied", str(place))
+        return scandir(place)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(InputError, match=r"^data\.path: .*/b/more' .* cannot be read \(Permission"):
+        list_folder(str(path))
+
+
+def test_a_home_folder_that_nobody_knows_is_refused():
+    with pytest.raises(InputError, match=r"^data\.path: '~nobody-here/x' .* must be a folder"):
+        list_folder("~nobody-here/x")
 
 
 @pytest.mark.parametrize("name", ["val", "valid", "validation"])
@@ -211,6 +231,21 @@ def test_images_are_decoded_once(image_folder, cache, decoded):
     assert np.array_equal(first, second)
     (entry,) = cache.iterdir()
     assert np.array_equal(np.load(entry), first)
+
+
+def test_of_a_part_no_more_is_decoded_and_all_that_was_serves_it(image_folder, cache, decoded):
+    files = files_of(image_folder({"a": 6, "b": 6}))
+    places = np.array([1, 4, 11])
+    part = read_images(files, places)
+    assert decoded() == 3
+    whole = read_images(files)
+    assert decoded() == 12
+    assert np.array_equal(part, whole[places])
+    assert np.array_equal(part, read_images(files, places))
+    other = read_images(files, np.array([0, 2]))
+    assert decoded() == 0
+    assert np.array_equal(other, whole[[0, 2]])
+    assert len(list(cache.iterdir())) == 2
 
 
 def touch(path):

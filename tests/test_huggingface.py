@@ -1,5 +1,6 @@
 """Data sets of Hugging Face are read from disk, their columns and splits found or asked for."""
 
+import dataclasses
 import io
 import sys
 
@@ -110,6 +111,11 @@ def test_images_that_take_over_half_the_memory_are_refused(saved, monkeypatch):
         InputError, match=r"^data\.image_size: 5 .* 20 images of 5 pixels .* memory"
     ):
         describe(data)
+    many = dataclasses.replace(data, path=saved(train=table(40)))
+    monkeypatch.setattr(data_module, "physical_memory", lambda: 20 * 75 * 2)
+    with pytest.raises(InputError, match="40 images"):
+        describe(many)
+    describe(dataclasses.replace(many, limit=10))  # No others are decoded.
 
 
 def test_columns_are_found_by_what_they_hold(saved):
@@ -118,12 +124,24 @@ def test_columns_are_found_by_what_they_hold(saved):
 
 
 def test_of_fine_and_coarse_labels_the_fine_ones_are_taken(saved):
-    coarse = datasets.ClassLabel(names=["pet"])
-    both = table(20, label="fine_label").add_column("coarse_label", [0] * 20)
+    coarse = datasets.ClassLabel(names=["pet", "wild"])
+    both = table(20, label="fine_label").add_column("coarse_label", [0, 1] * 10)
     path = saved(train=both.cast_column("coarse_label", coarse))
     assert load_data(Data("huggingface", path)).shape.classes == ("cat", "dog")
     by_hand = Data("huggingface", path, columns=("image", "coarse_label"))
-    assert load_data(by_hand).shape.classes == ("pet",)
+    assert load_data(by_hand).shape.classes == ("pet", "wild")
+
+
+def test_a_single_class_is_refused(saved):
+    labels = datasets.ClassLabel(names=["pet"])
+    path = saved(
+        train=table(20)
+        .remove_columns("label")
+        .add_column("label", [0] * 20)
+        .cast_column("label", labels)
+    )
+    with pytest.raises(InputError, match=r"^data\.path: .* at least two classes .* not 1"):
+        describe(Data("huggingface", path))
 
 
 @pytest.mark.parametrize(
