@@ -41,12 +41,14 @@ def parse(text: bytes) -> dict[str, Any]:
 
 
 def check_storable(network: Network, groups: Iterable[str]) -> None:
-    """InputError if no manifest may hold this network's options, or channel groups of these names.
+    """InputError if no manifest may hold this network, or channel groups of these names.
 
     So that it is known before anything is trained.
     """
-    options = json.loads(json.dumps(network.options))
+    options = json.dumps(network.options)
     try:
+        options = json.loads(options, parse_int=_whole_number, parse_float=_finite)
+        _check(network.name, _network, "network.name")
         _check(options, _OPTIONS, "network.options")
         _check(list(groups), [_LAYER], "the name of a layer")
         _check_size(network.name, options)
@@ -132,6 +134,11 @@ def _text(value: Any) -> bool:
     return isinstance(value, str) and value.isprintable() and len(value) <= 300
 
 
+def _network(value: Any) -> bool:
+    """Whether it can be a network's name: those that timm fetches from a hub are none."""
+    return _text(value) and not (value.startswith("timm/") and ":" in value)
+
+
 def _plain(value: Any) -> bool:
     """Whether it can be an option: values as JSON has them, with printable text."""
     if isinstance(value, dict):
@@ -150,7 +157,7 @@ _MANIFEST: Any = {
     "id": _HEX % 16,
     "files": {WEIGHTS: _HEX % 64},
     "network": {
-        "name": _text,
+        "name": _network,
         "options": _OPTIONS,
         "in_channels": _whole(1, 2**16),
         "num_classes": _whole(1, 2**20),

@@ -351,7 +351,7 @@ def _users_own(name: str) -> Callable[..., Any]:
     load = _load_file if place.endswith(".py") else importlib.import_module
     try:
         module = load(place)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         allowed = f"{place} cannot be imported: {type(error).__name__}: {error}"
         raise InputError("network.name", name, allowed) from error
     builder = getattr(module, function, None)

@@ -23,7 +23,7 @@ from ray.core.generated import autoscaler_pb2
 from ray.exceptions import RayError
 from ray.experimental.internal_kv import internal_kv_get_gcs_client
 
-from raytickets.config import InputError, SearchSpace
+from raytickets.config import InputError, SearchSpace, expanded
 from raytickets.plan import deadline_s, ray_address
 
 LOOK_S = 1.0
@@ -95,6 +95,10 @@ def _connect(address: str | None) -> str:
     """The address, once connected to Ray there; `local` if it was started here."""
     field, address = ray_address(address)
     if address == "local":
+        # Whoever can read the token that Ray keeps there can run code as its owner.
+        tokens = expanded("HOME", "~/.ray")
+        tokens.mkdir(mode=0o700, exist_ok=True)
+        tokens.chmod(0o700)
         with _loopback():
             _init(address, include_dashboard=False)
         return address

@@ -27,13 +27,19 @@ from raytickets.manifest import LARGEST, SCHEMA, WEIGHTS, parse
 from raytickets.masks import from_text, to_text
 from raytickets.models import build_network
 from raytickets.shrink import ChannelGroup, UnsupportedNetwork, channel_groups, shrink
+from raytickets.storage import sync
 
 MANIFEST = "manifest.json"
 
 _MOST_WEIGHTS = 2**30
+_MOST_BYTES = 16 * _MOST_WEIGHTS
 """Of a network before it is shrunk; torchvision's largest has 0.65e9."""
 
 _DAY = 86_400
+
+
+class Untrusted(InputError):
+    """The ticket's network is not built unless the ticket was loaded with `trust_code`."""
 
 
 class DamagedTicket(ValueError):
@@ -78,9 +84,9 @@ class Ticket:
         """The shrunk network with the ticket's weights, float32 on the CPU, in eval mode.
 
         No memory is taken but for these weights, and names, shapes and dtypes have to be those of
-        the network. Raises InputError if the network cannot be built, or is the user's own code
-        and the ticket was loaded without `trust_code`; DamagedTicket if weights and mask do not
-        fit it.
+        the network. Raises InputError if the network cannot be built; Untrusted if it is the user's
+        own code, or timm's with options, and the ticket was loaded without `trust_code`;
+        DamagedTicket if weights and mask do not fit it.
         """
         try:
             found = safetensors.torch.load_file(self.path / WEIGHTS)
@@ -116,9 +122,12 @@ class Ticket:
 
     def _dense(self, seed: int) -> nn.Module:
         spec = self.manifest["network"]
-        if ":" in spec["name"] and not self.trust_code:
-            allowed = "this ticket's network is code of its own: load it with trust_code=True"
-            raise InputError("network.name", spec["name"], allowed)
+        # What timm computes from options takes memory before it can be counted.
+        timm = spec["name"].startswith("timm/")
+        if not self.trust_code and (spec["options"] if timm else ":" in spec["name"]):
+            what = "timm's with options" if timm else "code of its own"
+            allowed = f"this ticket's network is {what}: load it with trust_code=True"
+            raise Untrusted("network.name", spec["name"], allowed)
         return build_network(
             Network(spec["name"], spec["options"]),
             in_channels=spec["in_channels"],
@@ -224,7 +233,7 @@ def save_ticket(folder: Path, network: nn.Module, manifest: Mapping[str, Any]) -
         parse(text.encode())
         (scratch / MANIFEST).write_text(text, encoding="utf-8")
         for path in (scratch / WEIGHTS, scratch / MANIFEST, scratch):
-            _sync(path)
+            sync(path)
         scratch.chmod(0o755)
         target = folder / complete["id"]
         if target.exists():
@@ -233,7 +242,7 @@ def save_ticket(folder: Path, network: nn.Module, manifest: Mapping[str, Any]) -
                 return Ticket(target, complete)
             shutil.rmtree(target)
         scratch.rename(target)
-        _sync(folder)
+        sync(folder)
         storage.keep(target)
         return Ticket(target, complete)
     finally:
@@ -273,11 +282,11 @@ def load_ticket(path: str | Path, *, trust_code: bool = False) -> Ticket:
     """Open the ticket in a folder, or at an address, and verify its fields and checksums.
 
     It may come from a stranger: only its two files are read, after their sizes and kinds are known
-    to be right, and nothing in them is run. `trust_code` allows a ticket whose network is the
-    user's own function to import it. Raises DamagedTicket if anything is missing, altered or
+    to be right, and nothing in them is run. `trust_code` allows a network that is the user's
+    own function, or timm's with options. Raises DamagedTicket if anything is missing, altered or
     beyond what a ticket holds, OSError if an address cannot be reached.
     """
-    path = storage.fetch(storage.local(path))
+    path = storage.fetch(storage.local(path), largest={MANIFEST: LARGEST, WEIGHTS: _MOST_BYTES})
     try:
         names = {entry.name for entry in path.iterdir()}
         if others := {name for name in names if name[0] != "."} - {MANIFEST, WEIGHTS}:
@@ -322,7 +331,7 @@ def _check_header(file: BinaryIO) -> None:
     header = int.from_bytes(file.read(8), "little")
     if not 0 < header <= LARGEST:
         raise ValueError(f"{WEIGHTS} is not one of safetensors")
-    if os.fstat(file.fileno()).st_size > header + 16 * _MOST_WEIGHTS:
+    if os.fstat(file.fileno()).st_size > _MOST_BYTES:
         raise ValueError(f"{WEIGHTS} is larger than any network's")
 
 
@@ -334,11 +343,3 @@ def _id(manifest: Mapping[str, Any]) -> str:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -113,6 +113,11 @@ SPACES = [
         {"network": "Network('nets:oddly_named', {'note': 'two\\nlines'})"},
         "no ticket can hold it: network.options.note cannot be",
     ),
+    (
+        {"network": "Network('nets:oddly_named', {'note': 2**63})"},
+        "no ticket can hold it: the number 9223372036854775808... is too large",
+    ),
+    ({"seeds": "(2**63,)"}, r"seeds: 9223372036854775808 .* must be below 2\*\*63"),
     ({"network": "Network('nets:narrow')"}, "images of 3x8x8, but fails with: .*mat1 and mat2"),
     ({"data": "Data('mnist')"}, r"data\.source: 'mnist' .* digits, folder"),
     ({"data": "Data('cifar10')"}, r"data\.path: None .* path of a folder"),
@@ -355,7 +360,7 @@ def test_what_is_not_there_or_damaged(folder, refusal, words, said):
             r"resources\.gpus_per_trial: 1 .* no machine of the cluster has over 0",
         ),
         (
-            {"retraining": "Retraining(epochs=5, batch_size=8, num_workers=8)"},
+            {"retraining": "Retraining(epochs=5, batch_size=16, num_workers=8)"},
             "",
             r"retraining\.num_workers: 8 .* room for 2",
         ),
@@ -412,6 +417,7 @@ finally:
         ("RAYTICKETS_DEADLINE_S=soon", "", "RAYTICKETS_DEADLINE_S: 'soon' .* at least 0"),
         ("MLFLOW_TRACKING_URI=ftp://host", "", "tracking_uri: 'ftp://host' .* a database or a"),
         ("", "--tracking-uri sqlite:///images", "tracking_uri: 'sqlite:///images' .* Is a direct"),
+        ("", "--storage ~nobody-here", "storage: '~nobody-here' .* must be a folder"),
         ("RAYTICKETS_WORK=~nobody/x", "--storage s3://bucket/x", "storage: 's3://bucket/x'"),
     ],
 )

@@ -265,10 +265,13 @@ def test_a_user_s_own_function_that_cannot_be_used_is_refused(name, options, wor
         build(name, **options)
 
 
-def test_a_file_that_does_not_run_is_refused_with_its_error(tmp_path):
+@pytest.mark.parametrize(
+    ("text", "error"), [("1 / 0", "ZeroDivisionError"), ("raise SystemExit", "SystemExit")]
+)
+def test_a_file_that_does_not_run_is_refused_with_its_error(tmp_path, text, error):
     path = tmp_path / "broken.py"
-    path.write_text("1 / 0")
-    with pytest.raises(InputError, match="cannot be imported: ZeroDivisionError"):
+    path.write_text(text)
+    with pytest.raises(InputError, match=f"cannot be imported: {error}"):
         build(f"{path}:tiny")
 
 

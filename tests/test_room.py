@@ -2,6 +2,7 @@ import contextlib
 import dataclasses
 import os
 import socket
+import stat
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -254,6 +255,16 @@ def test_off_loopback_ray_is_refused_without_a_token(room, outside, monkeypatch)
     with pytest.raises(InputError, match=said), room.connected(space(), "auto"):
         pass
     assert ended == [True]
+
+
+def test_nobody_else_reads_the_token_of_a_ray_that_is_started_here(
+    room, outside, monkeypatch, tmp_path
+):
+    outside("127.0.0.1")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".ray").mkdir(mode=0o755)
+    with room.connected(space(), "local"):
+        assert stat.S_IMODE((tmp_path / ".ray").stat().st_mode) == 0o700
 
 
 @pytest.mark.usefixtures("ray_instance")

@@ -162,7 +162,7 @@ def test_a_full_disk_leaves_nothing_and_is_named(ticket, monkeypatch):
     def full(path):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr("raytickets.ticket._sync", full)
+    monkeypatch.setattr("raytickets.ticket.sync", full)
     network, groups, mask = shrunk_network(seed=1)
     with pytest.raises(OSError, match="No space left"):
         save_ticket(ticket.path.parent, network, manifest_of(groups, mask))
@@ -172,7 +172,9 @@ def test_a_full_disk_leaves_nothing_and_is_named(ticket, monkeypatch):
 def test_a_ticket_is_kept_once_it_is_in_place_and_fetched_before_it_is_read(tmp_path, monkeypatch):
     told = []
     monkeypatch.setattr(storage, "keep", lambda path: told.append(("keep", load_ticket(path).id)))
-    monkeypatch.setattr(storage, "fetch", lambda path: told.append(("fetch", path.name)) or path)
+    monkeypatch.setattr(
+        storage, "fetch", lambda path, **_: told.append(("fetch", path.name)) or path
+    )
     network, groups, mask = shrunk_network()
     saved = save_ticket(tmp_path, network, manifest_of(groups, mask))
     assert told == [("fetch", saved.id), ("keep", saved.id)]
@@ -254,12 +256,12 @@ def test_masks_that_do_not_fit_the_network_are_refused(ticket):
 
 
 def test_code_named_by_a_ticket_runs_only_when_trusted(ticket, tmp_path, monkeypatch):
-    (tmp_path / "stranger.py").write_text("raise SystemExit('the stranger ran')\n")
+    (tmp_path / "stranger.py").write_text("raise KeyboardInterrupt('the stranger ran')\n")
     monkeypatch.syspath_prepend(tmp_path)
     path = altered(ticket, lambda m: m["network"].update(name="stranger:network", options={}))
     with pytest.raises(InputError, match="trust_code"):
         load_ticket(path).network()
-    with pytest.raises(SystemExit, match="the stranger ran"):
+    with pytest.raises(KeyboardInterrupt, match="the stranger ran"):
         load_ticket(path, trust_code=True).network()
 
 
