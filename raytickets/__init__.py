@@ -1,8 +1,9 @@
 """raytickets: search early-bird lottery tickets on a laptop or a Ray cluster.
 
-from raytickets import search, load_ticket
+from raytickets import load_space, load_ticket, search
 sweep = search(load_space("digits"))
-network = load_ticket(sweep.path / "tickets" / id).network()
+best = sweep.report()["winners"][0]
+network = load_ticket(sweep.path / best["path"]).network()
 """
 
 from typing import TYPE_CHECKING, Any

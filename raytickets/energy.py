@@ -25,7 +25,7 @@ class Meter:
 
     An NVIDIA GPU has the energy counter of its driver (NVML, from Volta on), a processor RAPL,
     which often root alone may read. Both count all that the device did, for whatever process, and
-    idle power too (see `idle_watts`). NVML's counter moves every 20 to 100 ms: measure whole phases
+    idle power too. NVML's counter moves every 20 to 100 ms: measure whole phases
     of many seconds, as a window below one second misleads. Making a meter and reading it wait for
     the GPU's queued work.
     """
@@ -60,17 +60,6 @@ class Meter:
             joules = self._watts * self.seconds()
             return joules, f"estimated ({self._watts:g} W from the search space x seconds)"
         return None, f"unavailable ({self._source})" if self._source else "unavailable"
-
-
-def idle_watts(device: torch.device, seconds: float = 10.0) -> float | None:
-    """Mean power of a device that nothing runs on, None if it has no counter.
-
-    Benchmarks record it beside their joules: what training added is the rest.
-    """
-    meter = Meter(device, None)
-    time.sleep(seconds)
-    joules, _ = meter.joules()
-    return None if joules is None else joules / meter.seconds()
 
 
 def _counter(device: torch.device) -> tuple[Callable[[], float] | None, str]:

@@ -148,6 +148,8 @@ def accuracy_against_macs(
     panels[0].set_title("Every ticket, after its last proof (short fine-tune)", loc="left")
     panels[0].set_ylabel("validation accuracy")
     last = max((ticket["proof_rung"] for ticket in tickets), default=1)
+    # Optuna may have proposed networks that are larger than the space's own.
+    most = max([dense["macs"], *(ticket["macs"] for ticket in tickets)])
     for rung in range(1, last + 1):
         there = [ticket for ticket in tickets if ticket["proof_rung"] == rung]
         macs, accuracies = [t["macs"] for t in there], [t["proof_accuracy"] for t in there]
@@ -161,7 +163,7 @@ def accuracy_against_macs(
     panels[0].plot(x, y, color=BLUE, marker="o", label=label)
     for ticket in front:
         at = ticket["macs"], ticket["proof_accuracy"]
-        _name(panels[0], *at, _title(ticket), dense["macs"])
+        _name(panels[0], *at, _title(ticket), most)
     if retrained:
         titles = {ticket["ticket"]: _title(ticket) for ticket in tickets}
         panels[1].set_title("Winners, after full retraining", loc="left")
@@ -175,7 +177,7 @@ def accuracy_against_macs(
                 panels[1].axhline(accuracy, color=ORANGE, linestyle=":", linewidth=1)
             else:
                 # Neighbours of the same accuracy: one label above, one below.
-                _name(panels[1], event["macs"], accuracy, titles[run], dense["macs"], place % 2)
+                _name(panels[1], event["macs"], accuracy, titles[run], most, place % 2)
     for axes in panels:
         axes.axvline(dense["macs"], color=ORANGE, linestyle="--", linewidth=1)
         bottom = axes.get_xaxis_transform()
@@ -183,7 +185,7 @@ def accuracy_against_macs(
         axes.text(0.99 * dense["macs"], 0.03, "dense network", transform=bottom, **style)
         axes.set_xlabel("multiply-accumulates for one image (MACs)")
         axes.xaxis.set_major_formatter(EngFormatter())
-        axes.set_xlim(0, 1.1 * dense["macs"])
+        axes.set_xlim(0, 1.1 * most)
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.margins(y=0.15)
         axes.grid(alpha=0.3)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from raytickets import energy
-from raytickets.energy import Meter, idle_watts
+from raytickets.energy import Meter
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 1)
 
@@ -56,13 +56,6 @@ def test_the_gpu_without_a_number_is_the_current_one(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.usefixtures("synchronized")
-def test_idle_power_is_the_counter_over_time():
-    watts = idle_watts(GPU, seconds=0.05)
-    assert watts is not None
-    assert 250 / 1 < watts <= 250 / 0.05
-
-
-@pytest.mark.usefixtures("synchronized")
 def test_a_gpu_whose_counter_fails_is_estimated_or_unavailable_with_the_reason(
     monkeypatch: pytest.MonkeyPatch,
 ):
@@ -74,7 +67,6 @@ def test_a_gpu_whose_counter_fails_is_estimated_or_unavailable_with_the_reason(
     joules, source = Meter(GPU, 300).joules()
     assert joules is not None
     assert source == "estimated (300 W from the search space x seconds)"
-    assert idle_watts(GPU, seconds=0) is None
 
 
 def rapl_zone(folder: Path, name: str, microjoules: int) -> Path:
@@ -130,7 +122,6 @@ def test_without_a_counter_energy_is_watts_times_seconds():
 @pytest.mark.parametrize("device", ["cpu", "mps"])
 def test_what_is_not_known_is_none_and_not_0(device: str):
     assert Meter(torch.device(device), None).joules() == (None, "unavailable")
-    assert idle_watts(torch.device(device), seconds=0) is None
 
 
 @pytest.mark.usefixtures("no_rapl")

@@ -168,6 +168,12 @@ def test_accuracy_against_macs_tells_the_rungs_that_tickets_reached_apart():
     assert saved(figure)
 
 
+def test_accuracy_against_macs_shows_tickets_that_are_larger_than_the_dense_network():
+    tickets = [ticket("a", 0.3, 2_000_000, 0.93)]
+    figure = accuracy_against_macs(tickets, tickets, {"macs": 1_000_000}, {})
+    assert figure.axes[0].get_xlim() == (0, 2_200_000)
+
+
 def test_accuracy_against_macs_after_retraining():
     retrained = {
         "a": {"macs": 490_000, "test_accuracy": 0.95},
