@@ -329,12 +329,12 @@ def _told(
     for event in history:  # of what goes on
         pass_on(event)
 
-    patience_s, lost = PATIENCE_S, False
+    patience_s = PATIENCE_S
     try:
         try:
             yield tell
         except Held:
-            patience_s, lost = 0, True
+            patience_s = 0
             raise
         except KeyboardInterrupt:
             patience_s = INTERRUPTED_S
@@ -343,7 +343,7 @@ def _told(
             try:
                 owed = tracker.close(patience_s)
             finally:
-                journal.close(upload=not lost)
+                journal.close()
     except OSError as error:
         raise SweepFailed(_advised(str(error), folder)) from error
     if owed:

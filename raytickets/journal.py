@@ -123,11 +123,11 @@ class Journal:
         self._remember(event)
         return True
 
-    def close(self, upload: bool = True) -> None:
-        """Raises OSError or Lost if the last upload fails; without `upload` there is none."""
+    def close(self) -> None:
+        """Raises OSError or Lost if the last upload fails."""
         self._closing.set()
         self._file.close()
-        if self._away and upload:
+        if self._away:
             with self._uploading:
                 self._confirm()
                 storage.keep(self.path)

@@ -258,25 +258,6 @@ def test_a_folder_without_a_journal(tmp_path: Path):
     assert mend_journal(tmp_path) is None
 
 
-def test_a_journal_at_an_address_whose_lease_is_lost_uploads_nothing_more(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    uploads: list[Path] = []
-    monkeypatch.setattr(storage, "address", lambda path: f"s3://bucket/{path.name}")
-    monkeypatch.setattr(storage, "keep", uploads.append)
-    monkeypatch.setattr(journal_module, "KEEP_S", 0.01)
-    for upload in (False, True):
-        journal = Journal(tmp_path)
-        assert journal.append({"event": "end"})
-        while not uploads:
-            time.sleep(0.01)
-        uploads.clear()
-        journal.close(upload=upload)
-        time.sleep(0.1)
-        assert uploads == [journal.path] * upload
-        uploads.clear()
-
-
 def test_a_journal_is_not_uploaded_once_its_lease_may_be_anothers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
