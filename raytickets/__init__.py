@@ -9,17 +9,34 @@ network = load_ticket(sweep.path / best["path"]).network()
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from raytickets.config import SearchSpace
-    from raytickets.driver import compare, search
+    from raytickets.config import InputError, SearchSpace
+    from raytickets.driver import SweepFailed, compare, search
+    from raytickets.lease import Held
     from raytickets.spaces import load_space
     from raytickets.sweep import Sweep
-    from raytickets.ticket import Ticket, load_ticket
+    from raytickets.ticket import DamagedTicket, Ticket, load_ticket
 
-__all__ = ["SearchSpace", "Sweep", "Ticket", "compare", "load_space", "load_ticket", "search"]
+__all__ = [
+    "DamagedTicket",
+    "Held",
+    "InputError",
+    "SearchSpace",
+    "Sweep",
+    "SweepFailed",
+    "Ticket",
+    "compare",
+    "load_space",
+    "load_ticket",
+    "search",
+]
 
 _HOME = {
+    "DamagedTicket": "ticket",
+    "Held": "lease",
+    "InputError": "config",
     "SearchSpace": "config",
     "Sweep": "sweep",
+    "SweepFailed": "driver",
     "Ticket": "ticket",
     "compare": "driver",
     "load_space": "spaces",

@@ -5,7 +5,6 @@ and `spaces`.
 import contextlib
 import dataclasses
 import gc
-import itertools
 import os
 import re
 import shlex
@@ -26,6 +25,7 @@ from raytickets.lease import Held, hold
 from raytickets.plan import Kind, check_services, check_store, default_name, opened
 from raytickets.spaces import built_in, load_space
 from raytickets.storage import address as shown
+from raytickets.storage import names
 from raytickets.sweep import Sweep, place
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ STORAGE = os.environ.get("RAYTICKETS_STORAGE") or "sweeps"
 ABOUT = """Search early-bird lottery tickets: smaller networks for less energy.
 
 Exit codes: 0 all done; 2 bad input; 3 something failed, or MLflow has not got everything; 4 another
-process runs the sweep of this name; 130 interrupted: the same command goes on."""
+process runs the sweep of this name; 130 interrupted: the same command goes on, with --name."""
 
 Ticket = Annotated[
     Positional[str], arg(metavar="TICKET", help=f"its folder or address, or its id under {STORAGE}")
@@ -50,7 +50,7 @@ Found = Annotated[
 ]
 Name = Annotated[
     str | None,
-    arg(metavar="NAME", help="what it is called; the name of one that was cut off goes on"),
+    arg(metavar="NAME", help="what it is called; with the name of one that was cut off it goes on"),
 ]
 New = Annotated[
     bool, arg(help="start anew under this name, and keep what was found under another one")
@@ -63,7 +63,11 @@ Place = Annotated[
     ),
 ]
 Ray = Annotated[
-    str | None, arg(metavar="ADDRESS", help="the Ray cluster; else RAY_ADDRESS, else this machine")
+    str | None,
+    arg(
+        metavar="ADDRESS",
+        help="the Ray cluster (auto or host:port); else RAY_ADDRESS, else this machine",
+    ),
 ]
 Store = Annotated[
     str | None,
@@ -77,9 +81,12 @@ Recorded = Annotated[
     arg(metavar="URI", help="the MLflow store; else the one that the sweep was recorded in"),
 ]
 Images = Annotated[
-    str | None, arg(metavar="FOLDER", help="the folder of the images, in place of the space's own")
+    str | None,
+    arg(metavar="FOLDER", help="an ImageFolder (train/CLASS/, test/CLASS/) for the space's images"),
 ]
-Smoke = Annotated[bool, arg(help="the space's smallest variant, to see that everything works")]
+Smoke = Annotated[
+    bool, arg(help="the smallest variant of a space that has one, to see that all works")
+]
 
 app = tyro.extras.SubcommandApp()
 
@@ -99,13 +106,13 @@ def search(
 ) -> int:
     """Search a space for early-bird tickets, retrain the winners, record everything in MLflow.
 
-    Runs on all cores of this machine, or on a Ray cluster. The same command goes on with a sweep
-    that was cut off.
+    Runs on all cores of this machine, or on a Ray cluster. The same command with its name goes on
+    with a sweep that was cut off.
 
     Args:
         space: a built-in name (see `raytickets spaces`), a .py file or package.module:function.
         resume_or_start: for schedules: NAME is a series of numbered sweeps; go on with the newest
-            unless it is done, else start the next.
+            unless it is done, has failed twice or began with another space; else start the next.
     """
     if resume_or_start and (new or name is None):
         raise InputError("resume_or_start", True, "needs the --name of a series, and no --new")
@@ -137,11 +144,12 @@ def compare(
         space: a built-in name (see `raytickets spaces`), a .py file or package.module:function.
         seeds: how many seeds, from 0; more tell smaller differences from chance.
         methods: dense, early_bird, early_bird_reinit, progressive, iterative, lottery_ticket,
-            snip, random or low_precision; all of them unless the space says.
+            snip, random or low_precision; all of them unless the space says. There has to be dense,
+            and early_bird for random.
         prune_ratios: shares of the channels to drop; those of the space unless given.
     """
-    if seeds is not None and seeds < 1:
-        raise InputError("seeds", seeds, "must be at least 1")
+    if seeds is not None and not 1 <= seeds <= 1000:
+        raise InputError("seeds", seeds, "must be between 1 and 1000")
     given: dict[str, Any] = {"methods": methods, "prune_ratios": prune_ratios}
     given["seeds"] = seeds and tuple(range(seeds))
     given = {field: value for field, value in given.items() if value is not None}
@@ -389,13 +397,15 @@ def _ticket(given: str) -> Path:
     path = place(given)
     if path.is_dir() or shown(path) != str(path):
         return path.resolve()
-    known = re.fullmatch(r"[0-9a-f]{16}", given)
-    places = [place(STORAGE).glob(f"*/{kind}/{given}") for kind in ("tickets", "retrained")]
-    found = sorted(itertools.chain(*places)) if known else []
+    found: list[Path] = []
+    if re.fullmatch(r"[0-9a-f]{16}", given):
+        root = place(STORAGE)
+        folders = [root / name / kind for name in names(root) for kind in ("tickets", "retrained")]
+        found = [folder / given for folder in folders if given in names(folder)]
     if not found:
         raise InputError("ticket", given, f"must be a ticket's folder, or an id under {STORAGE}")
     if len(found) > 1:
-        raise InputError("ticket", given, f"is in several sweeps: {', '.join(map(str, found))}")
+        raise InputError("ticket", given, f"is in several sweeps: {', '.join(map(shown, found))}")
     return found[0].resolve()
 
 

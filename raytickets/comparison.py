@@ -13,7 +13,7 @@ OPPONENTS = ("random", "dense", "progressive")
 """What `early_bird` is tested against at every prune ratio, where the comparison has it."""
 
 LEVEL = 0.05
-"""Below this p value a difference is called a win."""
+"""Below this p value a difference is called a win or a loss."""
 
 COSTS = ("macs", "seconds", "joules")
 
@@ -56,9 +56,9 @@ def report(events: Sequence[Event]) -> dict[str, Any]:
     """What a comparison found and what it cost, as plain JSON values.
 
     `events` is the journal, its first event the opening. Keys: `kind` ("comparison"), `name`,
-    `space`, `network`, `data` (the space's), `state` (done, failed or unfinished), `penalty`,
-    `prune_ratios`, `seeds`, `methods`, `epochs` (of the retraining), `table` (see `table`),
-    `claims` (see `claims`), `runs` (see `runs`) and `failures` (lines about what failed).
+    `space`, `network`, `data` (the space's), `state` (done, failed, interrupted or
+    unfinished), `penalty`, `prune_ratios`, `seeds`, `methods`, `epochs` (of the retraining),
+    `table` (see `table`), `claims` (see `claims`), `runs` (see `runs`) and `failures` (lines about what failed).
     """
     opening, endings = events[0], [e for e in events if e["event"] == "end"]
     failed = bool(endings) and endings[-1]["state"] == "failed"
@@ -200,7 +200,8 @@ def claims(events: Sequence[Event]) -> list[dict[str, Any]]:
     `prune_ratio`, `against`, the `PairedTest` of the differences in test accuracy paired over
     seeds, in percentage points (`n`, `mean`, `low`, `high`, `p`; null where no seed has both),
     `verdict` (beats, is beaten, too close to tell, cannot tell) and the `sentence` that says so.
-    Every claim is a test of its own at level 0.05: of twenty of them one would be a win by chance.
+    Every claim is a test of its own at level 0.05: of twenty of them one would be called a
+    win or a loss by chance.
     """
     opening, found = events[0], runs(events)
     if "early_bird" not in opening["methods"]:

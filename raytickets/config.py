@@ -220,13 +220,13 @@ class Data:
         _kind("data.random_resized_crop", self.random_resized_crop, bool)
         if self.random_resized_crop:
             self._only_for("random_resized_crop", "folder")
-            for name, wrong in (
-                ("image_size", self.image_size is None),
-                ("crop_padding", self.crop_padding > 0),
-                ("loading", self.loading == "memory"),
+            for name, wrong, allowed in (
+                ("image_size", self.image_size is None, "must be given"),
+                ("crop_padding", self.crop_padding > 0, "must be 0"),
+                ("loading", self.loading == "memory", "must be auto or stream"),
             ):
                 if wrong:
-                    allowed = "cannot be with data.random_resized_crop"
+                    allowed = f"{allowed} with data.random_resized_crop"
                     raise InputError(f"data.{name}", getattr(self, name), allowed)
         _kind("data.flip", self.flip, bool)
         if self.limit is not None:
@@ -560,8 +560,11 @@ class SearchSpace:
     resources: Resources = field(default_factory=Resources)
 
     def __post_init__(self):
-        if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", self.name):
-            raise InputError("name", self.name, "must be letters, digits, '-' and '_'")
+        if not isinstance(self.name, str) or not re.fullmatch(
+            r"[A-Za-z0-9][A-Za-z0-9_-]*", self.name
+        ):
+            allowed = "must be letters, digits, '-' and '_', and begin with one of the first two"
+            raise InputError("name", self.name, allowed)
         for name, kind in _PARTS.items():
             _kind(name, getattr(self, name), kind)
         _sequence("penalties", self.penalties, _not_negative)

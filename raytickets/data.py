@@ -225,7 +225,9 @@ def _split(
             splits[name] = places[generator.permutation(len(places))[: most[name]]]
     for name, places in splits.items():
         if not len(places):
-            raise InputError(f"data.{name}", shares.get(name), "leaves this split without images")
+            share = "test" if name == "test" else "validation"
+            allowed = f"leaves {name} without images"
+            raise InputError(f"data.{share}", shares.get(share), allowed)
     return splits
 
 

@@ -105,7 +105,7 @@ def _load(data: Data) -> "DatasetDict | dict[str, Dataset]":
     try:
         from datasets import Dataset, load_dataset, load_from_disk
     except ImportError as error:
-        allowed = f"needs the extra huggingface: pip install 'raytickets[huggingface]' ({error})"
+        allowed = f"needs raytickets with its extra huggingface ({error})"
         raise InputError("data.source", data.source, allowed) from error
     folder = expanded("data.path", data.path)
     if not folder.is_dir() and not data.download:

@@ -322,7 +322,7 @@ def _timm(name: str) -> Callable[..., nn.Module]:
     try:
         import timm
     except ImportError as error:
-        allowed = f"needs the extra timm: pip install 'raytickets[timm]' ({error})"
+        allowed = f"needs raytickets with its extra timm ({error})"
         raise InputError("network.name", name, allowed) from error
     wanted = name.removeprefix("timm/")
     # Another name could be one of timm's Hub, or a file, with weights to load.

@@ -234,7 +234,8 @@ _ANEW = "choose a new name, or start anew with --new, which keeps what is there"
 def sweep_folder(storage: str | Path, name: str) -> Path:
     """The folder of this name, made if there is none; InputError if it cannot be written."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise InputError("name", name, "must be letters, digits, '.', '-' and '_'")
+        allowed = "must be letters, digits, '.', '-' and '_', and begin with one of the first two"
+        raise InputError("name", name, allowed)
     folder = local(storage) / name
     try:
         folder.mkdir(parents=True, exist_ok=True)

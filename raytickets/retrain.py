@@ -48,8 +48,10 @@ from raytickets.train import SGD, epoch_event, fit, numerics, retrained_event, s
 from raytickets.trajectory import dense_network
 
 DENSE = "dense"
-LEAST_IMAGES = 32
 """The run of the dense reference."""
+
+LEAST_IMAGES = 32
+"""Of a batch, that each worker has unless told otherwise."""
 
 RETRIES = 2
 """How often a network's workers are started again without an epoch done in between."""

@@ -268,7 +268,7 @@ def _store(scheme: str, bucket: str) -> Any:
     try:
         from obstore import exceptions, store
     except ImportError:
-        allowed = "needs obstore; install raytickets[cluster]"
+        allowed = "needs raytickets with its extra cluster"
         raise InputError("storage", f"{scheme}://{bucket}", allowed) from None
     # Who names an http:// endpoint has chosen it.
     plain = os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")

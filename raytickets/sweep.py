@@ -7,14 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from raytickets import comparison, storage
-from raytickets.config import InputError, SearchSpace
+from raytickets.config import InputError, SearchSpace, expanded
 from raytickets.halving import drawn, proved
 from raytickets.journal import NAME, Event, read_journal
 
 
 def place(given: str | Path) -> Path:
-    """The local copy of an address, any other path as it is."""
-    return storage.local(given) if re.match(r"[A-Za-z][\w+.-]*:/", str(given)) else Path(given)
+    """The local copy of an address, any other path with `~` expanded."""
+    return (
+        storage.local(given)
+        if re.match(r"[A-Za-z][\w+.-]*:/", str(given))
+        else expanded("path", given)
+    )
 
 
 @dataclass(frozen=True)

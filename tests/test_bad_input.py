@@ -252,8 +252,8 @@ def test_a_search_that_cannot_be_done(folder, refusal, prepare, arguments, said)
 
 
 COMPARISONS = [
-    ("mine.py --seeds 0", r"seeds: 0 .* at least 1"),
-    ("mine.py --seeds=-3", r"seeds: -3 .* at least 1"),
+    ("mine.py --seeds 0", r"seeds: 0 .* between 1 and 1000"),
+    ("mine.py --seeds=-3", r"seeds: -3 .* between 1 and 1000"),
     ("mine.py --methods=", r"comparison\.methods: '' .* one of dense, early"),
     ("mine.py --prune-ratios inf", r"comparison\.prune_ratios: inf .* above 0 and below 1"),
     ("mine.py --storage ftp://host/x", "storage: 'ftp://host/x' .* folder, or one of s3:"),

@@ -77,6 +77,7 @@ def test_the_threshold_is_the_rules_own_unless_given(rule, limit):
     [
         (lambda: space(name="two words"), "name"),
         (lambda: space(name=""), "name"),
+        (lambda: space(name="_draft"), "name"),
         (lambda: space(name=None), "name"),
         (lambda: space(network="cifar_vgg"), "network"),
         (lambda: Network(""), "network.name"),
@@ -351,7 +352,7 @@ retrainings = st.builds(
 )
 spaces = st.builds(
     SearchSpace,
-    name=st.from_regex(r"[A-Za-z0-9_-]{1,12}", fullmatch=True),
+    name=st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_-]{0,11}", fullmatch=True),
     network=st.builds(
         Network,
         st.sampled_from(["cifar_vgg", "resnet18", "mine.nets:tiny"]),

@@ -141,7 +141,7 @@ def test_what_timm_has_not_or_cannot_be_shrunk_is_refused(name, options, words):
 
 def test_without_timm_its_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(InputError, match=r"^network\.name: 'timm/resnet18' .*raytickets\[timm\]"):
+    with pytest.raises(InputError, match=r"^network\.name: 'timm/resnet18' .* its extra timm"):
         build("timm/resnet18")
 
 

@@ -585,8 +585,12 @@ def test_a_sweep_at_an_address_is_read_elsewhere(uninterrupted, machines, server
     code, output = two.run("history", "small", "--storage", "s3://bucket/sweeps")
     assert code == 0
     assert "first" in output
-    monkeypatch.setenv("RAYTICKETS_WORK", two.environment["RAYTICKETS_WORK"])
     (winner,) = uninterrupted["winners"]
+    two.environment["RAYTICKETS_STORAGE"] = "s3://bucket/sweeps"
+    code, output = two.run("show", winner["run"])
+    assert code == 0, output
+    del two.environment["RAYTICKETS_STORAGE"]
+    monkeypatch.setenv("RAYTICKETS_WORK", two.environment["RAYTICKETS_WORK"])
     for path in (f"tickets/{winner['run']}", winner["path"]):
         ticket = load_ticket(f"s3://bucket/sweeps/first/{path}")
         assert ticket.path.is_relative_to(two.folder)

@@ -42,6 +42,11 @@ def sweep(tmp_path):
     return lambda events: Sweep(write(tmp_path / "first", events))
 
 
+def test_a_sweep_may_be_in_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Sweep("~/sweeps/first").path == tmp_path / "sweeps/first"  # type: ignore[arg-type]
+
+
 def test_the_journal_gives_the_space_back(sweep):
     found = sweep(FINISHED)
     assert found.name == "first"
