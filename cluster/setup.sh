@@ -8,7 +8,8 @@ set -a
 . "$checkout/cluster/cluster.env"
 set +a
 
-sudo apt-get -qq -o DPkg::Lock::Timeout=300 update
+# A new machine updates its lists itself, and that lock is not waited for.
+for _ in $(seq 30); do sudo apt-get -qq update && break; sleep 10; done
 sudo apt-get -qq -y -o DPkg::Lock::Timeout=300 install nfs-common procps python3-venv rsync
 
 if [ -n "$RAYTICKETS_NFS" ] && ! mountpoint -q /mnt/raytickets; then

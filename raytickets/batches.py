@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from raytickets.config import Data, InputError
-from raytickets.data import EVALUATION_BATCH, DataSet, Images
+from raytickets.data import DataSet, Images, evaluation_batch
 from raytickets.folder import Files
 
 
@@ -48,9 +48,13 @@ class Batches:
         self._shift = shift.repeat(dataset.shape.size).to(device)
 
     def evaluation(
-        self, split: str, size: int = EVALUATION_BATCH, rank: int = 0, world: int = 1
+        self, split: str, size: int | None = None, rank: int = 0, world: int = 1
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Every image of a split once, in order; `world` workers take the batches in turn."""
+        """Every image of a split once, in order; `world` workers take the batches in turn.
+
+        `size` is how many images a batch has, `evaluation_batch` of the images' size unless given.
+        """
+        size = size or evaluation_batch(self.dataset.shape.size)
         batches = torch.arange(len(self._labels[split])).split(size)[rank::world]
         if not batches:
             return

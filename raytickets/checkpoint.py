@@ -20,10 +20,12 @@ from torch import Tensor
 
 from raytickets import storage
 
-FORMAT = 3
+FORMAT = 4
 """Of what training keeps in them, for what goes on from them to compare."""
 INTERVAL_S = 60.0
 """Between checkpoints within an epoch; spot machines are taken two minutes after their notice."""
+
+_WRITING, _HOUR = ".writing-", 3600.0
 
 _NAME = re.compile(r"\d{8}-[0-9a-f]{16}\.safetensors")
 
@@ -56,7 +58,7 @@ def save(
     whole = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     content = safetensors.torch.save(whole, {"state": json.dumps(state, allow_nan=False)})
     name = f"{number:08d}-{hashlib.sha256(content).hexdigest()[:16]}.safetensors"
-    scratch = folder / f".writing-{os.getpid()}-{name}"
+    scratch = folder / f"{_WRITING}{os.getpid()}-{name}"
     try:
         with scratch.open("wb") as file:
             file.write(content)
@@ -70,7 +72,18 @@ def save(
     others = storage.names(folder)
     older = [other for other in _newest_first(others) if _number(other) < number]
     for other in set(others) - {name, *older[: keep - 1]}:
-        storage.remove(folder / other)
+        if not _is_being_written(folder / other):
+            storage.remove(folder / other)
+
+
+def _is_being_written(path: Path) -> bool:
+    """Whether it may be another's at work: of one whose machine was only cut off from the head."""
+    if not path.name.startswith(_WRITING):
+        return False
+    try:
+        return time.time() - path.stat().st_mtime < _HOUR
+    except FileNotFoundError:
+        return True
 
 
 def generations(folder: Path) -> list[str]:

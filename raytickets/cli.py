@@ -227,7 +227,8 @@ def _run(
     uri = resolve_uri(uri)
     print(f"Compare the tickets in MLflow:\n  {ui_command(uri)}")
     if code == 0:
-        print(f"  {tickets_address(uri, space.name, kind, folder.name)}")
+        with contextlib.suppress(Exception):  # All is done, whether or not the server answers now.
+            print(f"  {tickets_address(uri, space.name, kind, folder.name)}")
     return code
 
 
@@ -415,7 +416,9 @@ def main() -> None:
     0: all done. 2: bad input. 3: something failed, or MLflow has not got everything. 4: another
     process runs the sweep of this name. 130: interrupted, by Ctrl-C or SIGTERM.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, signal.default_int_handler)
     if sys.argv[1:] == ["--version"]:
         print(version("raytickets"))
         sys.exit(0)

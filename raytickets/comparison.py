@@ -58,12 +58,17 @@ def report(events: Sequence[Event]) -> dict[str, Any]:
     `events` is the journal, its first event the opening. Keys: `kind` ("comparison"), `name`,
     `space`, `network`, `data` (the space's), `state` (done, failed, interrupted or
     unfinished), `penalty`, `prune_ratios`, `seeds`, `methods`, `epochs` (of the retraining),
-    `table` (see `table`), `claims` (see `claims`), `runs` (see `runs`) and `failures` (lines about what failed).
+    `table` (see `table`), `claims` (see `claims`), `runs` (see `runs`) and `failures` (lines about
+    what failed or diverged).
     """
     opening, endings = events[0], [e for e in events if e["event"] == "end"]
     failed = bool(endings) and endings[-1]["state"] == "failed"
     sources = _last(events, "trajectory", "trajectory").values()
-    unfinished = [f"{e['trajectory']}: {e['reason']}" for e in sources if e["state"] == "failed"]
+    lost: dict[str, list[str]] = {"failed": [], "diverged": []}
+    for event in sources:
+        if event["state"] in lost:
+            lost[event["state"]].append(f"{event['trajectory']}: {event['reason']}")
+    reasons = [endings[-1]["reason"]] if failed else lost["failed"]
     return {
         "kind": "comparison",
         "name": opening["name"],
@@ -76,7 +81,7 @@ def report(events: Sequence[Event]) -> dict[str, Any]:
         "table": table(events),
         "claims": claims(events),
         "runs": runs(events),
-        "failures": [endings[-1]["reason"]] if failed else unfinished,
+        "failures": reasons + lost["diverged"],
     }
 
 

@@ -546,7 +546,9 @@ class SearchSpace:
     next to no time (tests/benchmarks/shrunk_retraining.py). 1 leaves widths as they are cut."""
     precision: Precision = "auto"
     """What convolutions and matrix products compute in; weights are float32 always. `auto` is
-    bfloat16 where the processor has instructions for it (see `raytickets.train.numerics`)."""
+    bfloat16 where the processor or the GPU has instructions for it, but on a processor not for
+    grouped convolutions (see `raytickets.train.numerics`). Convolutions in float32 on a GPU are
+    in TF32, as PyTorch has it."""
     channels_last: bool = True
     """Keep images and weights in memory with the channels innermost."""
     halving: Halving | None = None
@@ -618,7 +620,12 @@ class SearchSpace:
             scale = changes["epochs"] / before.epochs
             milestones = tuple(max(1, round(scale * epoch)) for epoch in before.milestones)
             changes = {"milestones": milestones} | changes
-        return dataclasses.replace(self, retraining=dataclasses.replace(self.retraining, **changes))
+        retraining = dataclasses.replace(before, **changes)
+        retraining.validate("retraining")
+        # Of no weight here: it belongs to comparisons.
+        rewind = min(self.comparison.rewind, retraining.epochs - 1)
+        comparison = dataclasses.replace(self.comparison, rewind=rewind)
+        return dataclasses.replace(self, retraining=retraining, comparison=comparison)
 
     def with_changes(self, changes: Mapping[str, Any]) -> "SearchSpace":
         """The same space with other values for fields named as in `Optuna.ranges`.

@@ -2,16 +2,18 @@
 
 A job is a Tune trial, and its worker goes on to the next job in place, unless its machine was given
 notice. What a trial itself raises fails its job at once; one that ran out of memory is tried once
-more with nothing beside it.
+more with nothing beside it. Where nothing can be kept, as on a full disk, all ends.
 """
 
+import contextlib
+import errno
 import logging
 import os
 import re
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,6 +117,9 @@ class Work:
                     self._last[event["trajectory"]] = event
             case "ticket":
                 self._drawn.setdefault(event["trajectory"], set()).add(event["prune_ratio"])
+            case "retry" if event.get("anew"):
+                self._last.pop(event.get("trajectory", ""), None)
+                self._drawn.pop(event.get("trajectory", ""), None)
 
 
 def run_crew(
@@ -243,6 +248,8 @@ class _Crew:
         job = self._end(trial_id)
         if job is None:
             return
+        if kind == "storage":  # Nothing is told: what goes on does so from the last checkpoint.
+            raise OSError(reason)
         key = job.kind, job.id
         self._attempts[key] += 1
         self._counted[key] += kind != "taken"
@@ -295,8 +302,16 @@ class _Heard(_OfCrew, tune.Callback):
         super().__init__(crew)
         self._error: Exception | None = None
 
+    @contextlib.contextmanager
+    def _failing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self._error = error
+            raise
+
     def fail(self) -> None:
-        """Raise what went wrong when a trial was complete: Tune may take it for the trial's own."""
+        """Raise what went wrong when a trial ended: Tune may take it for the trial's own."""
         if self._error:
             raise self._error
 
@@ -312,15 +327,13 @@ class _Heard(_OfCrew, tune.Callback):
             self._crew.work.tell(event)
 
     def on_trial_complete(self, iteration, trials, trial, **info) -> None:  # noqa: ARG002
-        try:
+        with self._failing():
             self._crew.complete(trial.trial_id, stays=not _leaves(trial))
-        except Exception as error:
-            self._error = error
-            raise
         _forget(trial)
 
     def on_trial_error(self, iteration, trials, trial, **info) -> None:  # noqa: ARG002
-        self._crew.lost(trial.trial_id, *why(trial))
+        with self._failing():
+            self._crew.lost(trial.trial_id, *why(trial))
         _forget(trial)
 
 
@@ -344,8 +357,8 @@ class _Ended(_OfCrew, tune.Stopper):
 def why(trial: TuneTrial) -> tuple[str, str]:
     """Why a trial has failed, and in one line.
 
-    `lost`, if its worker died; `taken`, if its machine did at the end of its notice; `memory` or
-    `raised`.
+    `lost`, if its worker died; `taken`, if its machine did at the end of its notice; `storage`, if
+    what it found could not be kept; `memory` or `raised`.
     """
     # Tune has the error in these files before its own methods find it.
     text = Path(str(trial.error_file)).read_text(encoding="utf-8").strip()
@@ -356,6 +369,8 @@ def why(trial: TuneTrial) -> tuple[str, str]:
         while isinstance(cause, RayTaskError):
             cause = cause.cause
         reason = "".join(traceback.format_exception_only(cause)).split("\n")[0]
+        if isinstance(cause, OSError) and cause.errno in _STORAGE:
+            return "storage", reason
         raised = True
     else:
         reason, raised = text.split("\n")[-1], getattr(error, "actor_init_failed", False)
@@ -369,6 +384,9 @@ def why(trial: TuneTrial) -> tuple[str, str]:
     detail = reason.split("Worker exit detail: ")[-1].split(" Some common causes")[0]
     return "lost", f"its worker was lost: {detail.strip()}"
 
+
+_STORAGE = {None, *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)}
+"""Numbers of errors; a store at an address has none."""
 
 _NO_MEMORY = re.compile(r"^(\S*\b_Array)?MemoryError\b|can't allocate memory")
 """An exception of Python, NumPy or PyTorch, the latter on a processor; that of a GPU is no such."""

@@ -19,6 +19,7 @@ from raytickets.huggingface import Table, open_table
 from raytickets.vision import read_cifar
 
 EVALUATION_BATCH = 512
+"""Images of up to 64 x 64 pixels that are looked at together; of larger ones there are fewer."""
 """Images that are evaluated at a time."""
 
 _STATISTICS_SAMPLE = 2048
@@ -120,7 +121,7 @@ def _load_folder(data: Data) -> tuple[Shape, dict[str, Images] | dict[str, Files
     shape = _folder_shape(data, folder)
     places = _split(data, folder.labels, folder.splits)
     files = folder.files(shape.size, data.image_size is not None, data.random_resized_crop)
-    if _streams(data, len(folder.paths), shape.size):
+    if _streams(data, _used(data, len(folder.paths)), shape.size):
         files = dataclasses.replace(files, root=str(folder.root.resolve()))
         return shape, {name: files.take(at) for name, at in places.items()}
     needed = np.unique(np.concatenate(list(places.values())))
@@ -144,16 +145,19 @@ def _load_table(data: Data) -> tuple[Shape, dict[str, Images]]:
 
 def _folder_shape(data: Data, folder: ImageFolder) -> Shape:
     size = data.image_size or _square(open_image(folder.root / folder.paths[0]))
-    _streams(data, len(folder.paths), size)
+    _streams(data, _used(data, len(folder.paths)), size)
     return Shape(channels=3, size=size, classes=folder.classes)
 
 
 def _table_shape(data: Data, table: Table) -> Shape:
     size = data.image_size or _square(table.first())
-    # No others are decoded.
-    count = len(table.labels) if data.limit is None else min(len(table.labels), 2 * data.limit)
-    _check_memory(data, count, size)
+    _check_memory(data, _used(data, len(table.labels)), size)
     return Shape(channels=3, size=size, classes=table.classes)
+
+
+def _used(data: Data, count: int) -> int:
+    """How many of so many images are used at most; no others are decoded."""
+    return count if data.limit is None else min(count, 2 * data.limit)
 
 
 def _square(image: Image.Image) -> int:
@@ -180,7 +184,7 @@ def _streams(data: Data, count: int, size: int) -> bool:
     if data.loading == "memory":
         _check_memory(data, count, size)
     memory = physical_memory()
-    batch = min(count, EVALUATION_BATCH)
+    batch = min(count, evaluation_batch(size))
     in_float32 = batch * 3 * size * size * 4
     if in_float32 > memory / 2:
         allowed = f"{batch} images at a time take {in_float32 >> 30} GiB, over half the memory"
@@ -188,6 +192,11 @@ def _streams(data: Data, count: int, size: int) -> bool:
     if data.random_resized_crop or data.loading == "stream":
         return True
     return data.loading == "auto" and count * 3 * size * size > memory / 4
+
+
+def evaluation_batch(size: int) -> int:
+    """How many images of size x size pixels are looked at together: as many pixels at most."""
+    return max(1, min(EVALUATION_BATCH, EVALUATION_BATCH * 64 * 64 // size**2))
 
 
 def _check_memory(data: Data, count: int, size: int) -> None:

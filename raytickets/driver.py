@@ -33,7 +33,7 @@ from raytickets.data import DataSet, load_data
 from raytickets.halving import choose_winners
 from raytickets.journal import Event, Journal, mend_journal
 from raytickets.lease import Held, Lease, hold
-from raytickets.plan import Plan, opened
+from raytickets.plan import Plan, opened, ray_address
 from raytickets.retrain import DENSE, Job, retrain, worker_count
 from raytickets.room import NoRoom, Room, connected, workers_now
 from raytickets.sweep import Sweep, own_retrainings, select
@@ -124,7 +124,8 @@ def run(
     wanted = source_count(plan.opening) if compared else None
     cluster, cause, reason = connected(space, address, wanted), None, ""
     try:
-        with _running(cluster, plan.folder, lease, tracking_uri, observer) as (room, told):
+        running = _running(cluster, plan.folder, lease, tracking_uri, observer, address)
+        with running as (room, told):
             if not compared:  # A comparison retrains each ticket in one process.
                 worker_count(space, room.workers, grows=room.most > room.slots)
             tell = told if compared or not space.optuna else _with_study(plan, lease, told)
@@ -183,6 +184,9 @@ def retrain_ticket(
     recipe = {name: value for name, value in recipe.items() if value is not None}
     space = space.with_retraining(**recipe)
     dataset = load_data(space.data)
+    if dataset.fingerprint != sweep.opening()["data"]["fingerprint"]:
+        allowed = "its images are not those that the sweep began with"
+        raise InputError("data.path", space.data.path, allowed)
     with (
         hold(sweep.path) as lease,
         _running(
@@ -191,6 +195,7 @@ def retrain_ticket(
             lease,
             tracking_uri,
             observer,
+            address,
             recorded=True,
         ) as (room, tell),
     ):
@@ -213,7 +218,7 @@ def retrain_ticket(
 
 @contextlib.contextmanager
 def interruptible(line: str) -> Iterator[None]:
-    """Ctrl-C and SIGTERM are KeyboardInterrupt, and a second one does nothing.
+    """Ctrl-C, SIGTERM and SIGHUP are KeyboardInterrupt, and a second one does nothing.
 
     But a second SIGTERM may end the process while Ray shuts down, which takes any handler away.
 
@@ -224,7 +229,7 @@ def interruptible(line: str) -> Iterator[None]:
 
     def interrupt(*_: object) -> None:
         # A second one is not to cut off what the first one made begin to end.
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in before:
             signal.signal(number, signal.SIG_IGN)
         interrupted.set()
         timer = threading.Timer(LAST_S, end)
@@ -237,7 +242,10 @@ def interruptible(line: str) -> Iterator[None]:
             os.write(1, f"{line}\n".encode())  # What writes to it may hang.
         os._exit(130)
 
-    before = {n: signal.signal(n, interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         yield
     except SystemExit:  # So Ray answers SIGTERM while it starts.
@@ -276,6 +284,7 @@ def _running(
     lease: Lease,
     tracking_uri: str | None,
     observer: Observer,
+    address: str | None,
     recorded: bool = False,
 ) -> Iterator[tuple[Room, Callable[[Event], None]]]:
     """Ray and MLflow: what there is room for, and how to tell of events.
@@ -285,6 +294,8 @@ def _running(
     with ThreadPoolExecutor(1) as pool:
         # MLflow takes seconds to import, and Ray as long to start.
         tracker = pool.submit(_open_tracker, folder, tracking_uri, recorded)
+        if ray_address(address)[1] != "local":
+            tracker.result()  # A store that is refused is to cost no machine.
         on_term = signal.getsignal(signal.SIGTERM)
         with contextlib.ExitStack() as stack:
             try:
@@ -382,8 +393,6 @@ def _retrain_winners(
     events = sweep.events()
     winners = choose_winners(space, events)
     chosen: dict[str, Any] = {"event": "winners", "tickets": [event["ticket"] for event in winners]}
-    if chosen != (select(events, "winners") or [None])[-1]:
-        tell(chosen)
     jobs = [Job(DENSE, None)] if winners else []
     jobs += [Job(event["ticket"], sweep.path / event["path"]) for event in winners]
     done = {
@@ -391,7 +400,11 @@ def _retrain_winners(
         for run, event in own_retrainings(events[0], events).items()
         if not has_lost(sweep.path, [event])
     }
-    if jobs := [job for job in jobs if job.run not in done]:
+    jobs = [job for job in jobs if job.run not in done]
+    # Also says of one that goes on with these alone that it runs.
+    if jobs or chosen != (select(events, "winners") or [None])[-1]:
+        tell(chosen)
+    if jobs:
         # Machines may have come and gone since the sweep began.
         workers = worker_count(space, workers_now(room.gpus), grows=room.most > room.slots)
         retrain(space, jobs, data, sweep.path, workers, tell, use_gpu=room.gpus > 0)

@@ -36,14 +36,14 @@ class Meter:
         self._counter, self._source = _counter(device)
         self._first = self._counter() if self._counter else 0.0
         self._started = time.monotonic()
-        self._before: tuple[float, float | None] = (0.0, 0.0)
+        self._before: tuple[float, float | None, str] = (0.0, 0.0, "")
 
     def seconds(self) -> float:
         return self._before[0] + time.monotonic() - self._started
 
-    def go_on(self, seconds: float, joules: float | None) -> None:
+    def go_on(self, seconds: float, joules: float | None, source: str) -> None:
         """Count in what an earlier meter of the same work told."""
-        self._before = (seconds, joules)
+        self._before = (seconds, joules, source)
 
     def joules(self) -> tuple[float | None, str]:
         """What was used so far, and how that is known.
@@ -51,11 +51,13 @@ class Meter:
         `measured (...)` names the counter, `estimated (...)` is `watts` x seconds, and with None
         comes `unavailable`, followed by the reason where a counter should be there but failed.
         """
-        before = self._before[1]
+        _, before, known = self._before
         if before is None and (self._counter or self._watts is not None):
             return None, "unavailable (a part was not counted)"
         if self._counter:
-            return (before or 0.0) + self._counter() - self._first, f"measured ({self._source})"
+            joules, here = self._counter() - self._first, f"measured ({self._source})"
+            sources = [*known.split(" + "), here] if before else [here]
+            return (before or 0.0) + joules, " + ".join(dict.fromkeys(sources))
         if self._watts is not None:
             joules = self._watts * self.seconds()
             return joules, f"estimated ({self._watts:g} W from the search space x seconds)"

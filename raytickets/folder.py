@@ -237,7 +237,7 @@ def _list_classes(folder: Path, classes: tuple[str, ...] | None) -> dict[str, li
     for child in children:
         files = [
             f"{place}/{name}"
-            for place, _, names in os.walk(child, onerror=_refuse)
+            for place, _, names in os.walk(child, onerror=_refuse, followlinks=True)
             for name in names
             if name.lower().endswith(SUFFIXES)
         ]

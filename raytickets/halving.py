@@ -13,11 +13,17 @@ from raytickets.journal import Event
 def drawn(events: Iterable[Event]) -> list[Event]:
     """The `ticket` events that count: the newest of each prune ratio.
 
-    A trajectory that went on elsewhere, or ran again as its ticket was damaged, may have drawn
-    another one.
+    A trajectory that ran again as its ticket was damaged may have drawn another one. Of one that
+    began anew none of before count.
     """
-    found = [event for event in events if event["event"] == "ticket"]
-    return [*{(e["trajectory"], e["method"], e["prune_ratio"]): e for e in found}.values()]
+    found: dict[tuple, Event] = {}
+    for event in events:
+        if event["event"] == "ticket":
+            found[event["trajectory"], event["method"], event["prune_ratio"]] = event
+        elif event["event"] == "retry" and event.get("anew"):
+            gone = event.get("trajectory")
+            found = {key: ticket for key, ticket in found.items() if key[0] != gone}
+    return [*found.values()]
 
 
 def proved(events: Iterable[Event]) -> list[Event]:

@@ -101,9 +101,9 @@ class Journal:
         """Write an event; False, and nothing written, if it is there already.
 
         It is there if another one has its trajectory and check, trajectory and ticket, ticket and
-        rung, or run, epoch and identity, unless the run was retrained or the trajectory begun anew
-        since. Other events are always written. Raises OSError if the disk does not take it; the
-        journal is as it was then.
+        rung, or run, epoch and identity, unless the run was retrained, or either begun anew, since.
+        Other events are always written. Raises OSError if the disk does not take it; the journal
+        is as it was then.
         """
         if _key(event) in self._keys:
             return False
@@ -138,7 +138,8 @@ class Journal:
         elif event["event"] == "retrained":
             self._forget("epoch", event["run"])
         elif event["event"] == "retry" and event.get("anew"):
-            self._forget("check", event["trajectory"])
+            for kind in ("epoch", "check", "ticket"):
+                self._forget(kind, event.get("trajectory") or event["run"])
 
     def _forget(self, *start: str) -> None:
         self._keys = {key for key in self._keys if key[:2] != start}

@@ -83,7 +83,14 @@ def hold(folder: Path) -> Iterator[Lease]:
         file.write(_text(lease))
         file.truncate()
         file.flush()
-        yield lease
+
+        def confirm() -> None:
+            # A client that is cut off from NFS loses its lock, and hears nothing of it.
+            path = folder / FILE
+            if not path.exists() or _parsed(path.read_text(encoding="utf-8")) != lease:
+                raise Lost(folder.name, "another process has taken it")
+
+        yield dataclasses.replace(lease, confirm=confirm)
 
 
 @contextlib.contextmanager

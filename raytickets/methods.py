@@ -46,6 +46,7 @@ from raytickets.shrink import (
 from raytickets.ticket import has_lost, load_ticket, save_retrained
 from raytickets.train import epoch_event, fit, retrained_event, seed_of, seeded
 from raytickets.trajectory import (
+    CHANGED,
     Learner,
     check_event,
     checks,
@@ -280,7 +281,10 @@ def _train(
         told = found.state["told"]
         yield list(told)
         learner.load(found)
-        meter.go_on(found.state["seconds"], found.state["joules"])
+        meter.go_on(found.state["seconds"], *found.state["joules"])
+    elif found:
+        retry = {"event": "retry", "trajectory": trajectory.id, "attempt": 1}
+        yield [retry | {"reason": CHANGED, "anew": True}]
 
     def event(check: Check) -> Event:
         epochs = len(before) * recipe.epochs
@@ -297,7 +301,7 @@ def _train(
 
     def save(keep: int = 2) -> None:
         state = {"made_by": by, "told": list(told), "steps": learner.steps}
-        state |= {"seconds": meter.seconds(), "joules": meter.joules()[0]}
+        state |= {"seconds": meter.seconds(), "joules": meter.joules()}
         writer.save(learner.tensors(), state, keep=keep)
 
     def due() -> None:
@@ -389,19 +393,23 @@ def retrain_alone(setting: Setting, path: Path) -> Iterator[list[Event]]:
     found = checkpoint.load(folder)
     damaged = found.damaged if found else checkpoint.generations(folder)
     newest = found.number if found else 0
-    if found and (found.state["made_by"] != by or has_lost(setting.sweep, found.state["told"])):
-        found = None
     told, attempt = (found.state["told"], found.state["attempt"]) if found else ([], 0)
-    if damaged:
-        attempt += 1
+    changed = found is not None and found.state["made_by"] != by
+    if changed or has_lost(setting.sweep, told):
+        found, told = None, []
+    attempt += bool(damaged or changed)
+    retry = {"event": "retry", "run": ticket.id, "attempt": attempt}
+    if changed:
+        yield [retry | {"reason": CHANGED, "anew": True}]
+    elif damaged:
         reason = f"{len(damaged)} damaged checkpoints; it went on from epoch {len(told)}"
-        yield [{"event": "retry", "run": ticket.id, "attempt": attempt, "reason": reason}]
+        yield [retry | {"reason": reason}]
     if found:
         yield list(told)
         if told and told[-1]["event"] == "retrained":
             return
         learner.load(found)
-        meter.go_on(found.state["seconds"], found.state["joules"])
+        meter.go_on(found.state["seconds"], *found.state["joules"])
 
     def state() -> dict[str, Any]:
         return {
@@ -410,7 +418,7 @@ def retrain_alone(setting: Setting, path: Path) -> Iterator[list[Event]]:
             "attempt": attempt,
             "steps": learner.steps,
             "seconds": meter.seconds(),
-            "joules": meter.joules()[0],
+            "joules": meter.joules(),
         }
 
     network, count = learner.network, batches.count(recipe.batch_size)

@@ -333,7 +333,14 @@ def _timm(name: str) -> Callable[..., nn.Module]:
 
     def build(*, num_classes: int, in_channels: int, **options: Any) -> nn.Module:
         shape = {"num_classes": num_classes, "in_chans": in_channels}
-        return timm.create_model(wanted, pretrained=False, checkpoint_path=None, **shape, **options)
+        built = timm.create_model(
+            wanted, pretrained=False, checkpoint_path=None, **shape, **options
+        )
+        # timm begins with gammas of 0 at the ends of residual branches: a mask would be of that.
+        for module in built.modules():
+            if isinstance(module, nn.BatchNorm2d) and module.affine:
+                nn.init.ones_(module.weight)
+        return built
 
     return build
 

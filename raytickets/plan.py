@@ -155,7 +155,10 @@ def _set_aside(folder: Path) -> str | None:
     if not held:
         return None
     kept = folder.with_name(f"{folder.name}-before-{time.strftime('%Y%m%d-%H%M%S')}")
-    kept.mkdir()
+    for half in folder.parent.glob(f"{folder.name}-before-[0-9]*-[0-9]*"):
+        if (folder / NAME).exists() and not (half / NAME).exists():
+            kept = half  # This was killed on its way there.
+    kept.mkdir(exist_ok=True)
     for path in held:
         path.rename(kept / path.name)
     return f"what {folder.name} held is kept in {address(kept)}"

@@ -98,19 +98,20 @@ def retrain(
     `sweep/retrained`, on a thread of its own. A network goes on from its last epoch if its
     retraining by the same recipe was cut off, and epochs before that are told again; one whose
     retraining had ended is only told again. Where workers are lost, the group is started again: a
-    `retry` event says why. Raises what Ray Train raises if that happens `RETRIES` times more
-    without an epoch in between and without notice, at once if the input is to blame or the loss is
-    no number; NoRoom if for `RAYTICKETS_DEADLINE_S` seconds there was no room for the least number
-    of workers, which is one where the space names none; what `on_event` raises.
+    `retry` event says why. A network is given up if that happens `RETRIES` times more without an
+    epoch in between and without notice, at once if the input is to blame or the loss is no number;
+    what Ray Train raised is raised once the others are retrained. Raises NoRoom if for
+    `RAYTICKETS_DEADLINE_S` seconds there was no room for the least number of workers, which is one
+    where the space names none; what `on_event` raises.
     """
     told = _Told(on_event)
-    failed = 0
+    failed, given_up = 0, []
     while left := [job for job in jobs if job.run not in told.ended]:
         before = len(told.epochs)
         ours = space.retraining.num_workers is None and isinstance(num_workers, int)
         try:
             _run_group(space, left, data, sweep, num_workers, told, use_gpu, ours)
-            return
+            break
         except ControllerError:
             if not ours:
                 raise
@@ -120,12 +121,19 @@ def retrain(
             # A machine that was given notice counts towards no limit.
             failed += not _is_preemption_failure(error)
             left = [job for job in left if job.run not in told.ended]
-            if failed > RETRIES or not left or _bound_to_fail(error):
+            if not left:
                 raise
+            if failed > RETRIES or _bound_to_fail(error):
+                told.ended.add(left[0].run)
+                given_up.append(error)
+                failed = 0
+                continue
             told.hear({"event": "retry", "run": left[0].run, "reason": _reason(error)})
         if ours and isinstance(num_workers, int):
             # A lost machine may not come back, and Ray hears of its loss late.
             num_workers = (1, num_workers)
+    if given_up:
+        raise given_up[0]
 
 
 class _Told:

@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import ray
+import torch
 from ray._private import ray_constants
 from ray._private import state as ray_state
 from ray._private import worker as ray_worker
@@ -100,7 +101,9 @@ def _connect(address: str | None) -> str:
         tokens.mkdir(mode=0o700, exist_ok=True)
         tokens.chmod(0o700)
         with _loopback():
-            _init(address, include_dashboard=False)
+            # Ray counts GPUs that the installed torch or driver may not be able to use.
+            gpus = None if torch.cuda.is_available() else 0
+            _init(address, include_dashboard=False, num_gpus=gpus)
         return address
     host = urlsplit(f"//{address}").hostname or ""
     try:
@@ -119,13 +122,8 @@ def _connect(address: str | None) -> str:
     return address
 
 
-def _init(address: str, include_dashboard: bool | None = None) -> None:
-    ray.init(
-        address,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        include_dashboard=include_dashboard,
-    )
+def _init(address: str, **options: Any) -> None:
+    ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **options)
 
 
 @contextlib.contextmanager
@@ -148,7 +146,10 @@ def _agents_end_with_us() -> Iterator[None]:
     children: list[str] = []
     for thread in Path(f"/proc/{raylet.pid}/task").glob("*/children"):
         with contextlib.suppress(OSError):  # It may have ended.
-            children += thread.read_text().split()
+            for pid in thread.read_text().split():
+                # Workers end long before, and their numbers are used again.
+                if b"agent" in Path(f"/proc/{pid}/cmdline").read_bytes().lower():
+                    children.append(pid)
     script = ["sh", "-c", 'read _; kill -KILL "$@"', "sh", *children]
     # Its input ends when this process does.
     watch = subprocess.Popen(script, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
@@ -213,9 +214,16 @@ def _machines(noticed: bool = False) -> list[dict[str, float]]:
 def _slots(needed: Mapping[str, float], noticed: bool = False) -> int:
     """How many trials that need this fit on the machines there are."""
     return sum(
-        min(int(machine.get(kind, 0) / amount) for kind, amount in needed.items())
+        min(_times(machine.get(kind, 0), amount) for kind, amount in needed.items())
         for machine in _machines(noticed)
     )
+
+
+def _times(there: float, amount: float) -> int:
+    """How often an amount fits; a share of a GPU is all on one."""
+    if amount < 1:
+        return int(there) * int(1 / amount + 1e-9)
+    return int(there / amount)
 
 
 def _refuse(needed: Mapping[str, float]) -> None:
@@ -323,7 +331,7 @@ class _Autoscaler:
         return low
 
     def withdraw(self) -> None:
-        if self._asked:
+        if self._asked or self._answers:  # A driver that was killed may have asked.
             request_resources(bundles=[])
 
 

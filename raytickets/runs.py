@@ -15,7 +15,7 @@ from typing import Any
 from raytickets import comparison, halving, plots, storage
 from raytickets.config import InputError, SearchSpace, masked
 from raytickets.journal import Event
-from raytickets.sweep import own_retrainings, ticket_folder
+from raytickets.sweep import goes_on, own_retrainings, ticket_folder
 
 log = logging.getLogger("raytickets")
 
@@ -79,6 +79,8 @@ class Runs:
         self._history: list[Event] = []
         """Without checks and epochs, which are most of a journal."""
         self._checks: dict[str, dict[int, Event]] = {}  # Until their trajectory ends.
+        self._given_up: Counter[str] = Counter()
+        """Checks of tries of a trajectory before it began anew."""
         self._retries: dict[str, list[str]] = {}
         self._totals: dict[str, float | None] = {}
         self._told: Counter[tuple[str, str]] = Counter()
@@ -91,7 +93,7 @@ class Runs:
     def add(self, event: Event) -> None:
         """Take in the next event of the journal."""
         top = self.all[self.top]
-        if event["event"] in (self.top, "check", "winners"):
+        if event["event"] == self.top or goes_on(event):
             top.wanted = "RUNNING"
         if event["event"] not in ("check", "epoch"):
             self._history.append(event)
@@ -103,7 +105,8 @@ class Runs:
                 run.wanted = "RUNNING"
                 curves = _pick(event, "epoch", "loss", "validation_accuracy", "train_macs")
                 distances = {f"mask_distance_{r}": d for r, d in event["distances"].items()}
-                run.measure(curves | distances, event["check"])
+                before = self._given_up[event["trajectory"]]
+                run.measure(curves | distances, before + event["check"])
                 self._checks.setdefault(event["trajectory"], {})[event["check"]] = event
             case "ticket":
                 self._add_ticket(event)
@@ -213,6 +216,12 @@ class Runs:
         key = event.get("trajectory")
         run = self._run(key, "trajectory", key, self.top) if key else self._retraining(event["run"])
         run.wanted = "RUNNING"
+        if event.get("anew"):
+            # What MLflow has stays there, and its latest step is what it shows of a run.
+            if key:
+                self._given_up[key] += max(self._checks.pop(key, {}), default=0)
+            else:
+                self._place("retrained", event["run"])
         reasons = self._retries.setdefault(key or event["run"], [])
         reasons.append(event["reason"])
         run.measure({"retries": len(reasons)}, len(reasons))
@@ -275,8 +284,8 @@ class Runs:
         run.measure(_pick(event, "epochs", "seconds"), place=self._place("trajectory", key))
         run.tags |= {f"raytickets.ratio_{r}": s for r, s in event["ratios"].items()}
         run.tags |= {"raytickets.state": state, "mlflow.note.content": event["reason"]}
-        drawn = [e for e in self._history if e["event"] == "ticket" and e["trajectory"] == key]
-        tickets = {e["ticket"]: e for e in drawn}
+        drawn = halving.drawn(self._history)
+        tickets = {e["ticket"]: e for e in drawn if e["trajectory"] == key}
         checks = list(self._checks.get(key, {}).values())
         if state != "failed":  # Its next try may go on from here.
             self._checks.pop(key, None)

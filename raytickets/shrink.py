@@ -235,13 +235,16 @@ def check_prunable(network: nn.Module, groups: Sequence[ChannelGroup], example: 
 
     example has the shape of images that the network takes, [N, C, H, W]; what is tried are random
     ones. The network and torch's random state are left as they were. Raises `UnsupportedNetwork`
-    if the shrunk network fails or its outputs differ by over 1e-9 of the largest.
+    if the shrunk network fails, in training too, or its outputs differ by over 1e-9 of the largest.
     """
     masked = copy.deepcopy(network).cpu().double().eval()
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         # A convolution without a bias gives nothing but zeros for a black image.
         images = torch.randn(example.shape, dtype=torch.float64)
+        for weight in masked.parameters():
+            if weight.dim() > 1 and not weight.any():
+                weight.normal_()  # Behind zeros everything agrees.
         for _, norm in _batchnorms(masked):
             # Fresh BatchNorms are all alike, which would hide a channel in the wrong place.
             norm.weight.uniform_(0.5, 1.5)
@@ -252,12 +255,16 @@ def check_prunable(network: nn.Module, groups: Sequence[ChannelGroup], example: 
         scores = torch.rand(sum(group.width for group in groups))
         mask = spread(groups, scores > 0.5, scores)
         try:
-            shrunk = shrink(masked, groups, mask)(images)
+            small = shrink(masked, groups, mask)
+            shrunk = small(images)
+            trained = small.train()(images[:1].repeat(2, 1, 1, 1))
         except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise UnsupportedNetwork(f"it fails once shrunk: {reason}") from error
         mask_network(masked, groups, mask)
         expected = masked(images)
+    if not isinstance(trained, Tensor) or trained.shape[1:] != shrunk.shape[1:]:
+        raise UnsupportedNetwork("it gives something else in training than in evaluation")
     if shrunk.shape != expected.shape:
         raise UnsupportedNetwork("its output has another shape once shrunk")
     error = ((shrunk - expected).abs().max() / expected.abs().max()).item()

@@ -111,7 +111,10 @@ class Sweep:
         ]
 
         shared_macs = sum(e["train_macs"] for e in trajectories.values())
-        proof_macs = sum(e["proof_macs"] for e in tickets.values())
+        # Two of Optuna's trajectories at one point draw the same tickets, each at its own cost.
+        paid = [*tickets.values()]
+        paid += [e for e in drawn(events) if tickets[e["ticket"]]["trajectory"] != e["trajectory"]]
+        proof_macs = sum(e["proof_macs"] for e in paid)
         search_macs = shared_macs + proof_macs
         dense_macs: Any = retrained.get("dense", {}).get("train_macs")
 
@@ -137,7 +140,7 @@ class Sweep:
 
         own = sum(e["train_macs"] for run, e in retrained.items() if run in winners)
         every = sum(e["macs"] for e in tickets.values()) / opening["dense"]["macs"]
-        unshared = _unshared_macs(events, tickets.values(), trajectories.values())
+        unshared = _unshared_macs(events, paid, trajectories.values())
 
         def relative(macs: float) -> float | None:
             return macs / dense_macs if dense_macs else None
@@ -172,9 +175,16 @@ def _state(events: Iterable[Event]) -> str:
     for event in events:
         if event["event"] == "end":
             state = event["state"]
-        elif event["event"] in ("check", "proof", "winners"):
+        elif goes_on(event):
             state = "unfinished"
     return state
+
+
+def goes_on(event: Event) -> bool:
+    """Whether a sweep or a comparison tells this while it runs, and retraining by hand does not."""
+    if event["event"] == "epoch":
+        return "identity" not in event
+    return event["event"] in ("check", "proof", "winners")
 
 
 def _lost(events: Iterable[Event]) -> dict[str, Any]:

@@ -24,6 +24,8 @@ from raytickets.shrink import channel_groups, gammas, scorer, shrink
 from raytickets.ticket import is_whole, package_versions
 from raytickets.train import SGD, accuracy, check_steps, fit, numerics
 
+CHANGED = "other versions, threads or numerics than before: it began anew"
+
 
 @dataclass(frozen=True)
 class Point:
@@ -153,12 +155,11 @@ def until_drawn(
     if found and not changed and _has_tickets(found, trajectory.setting.sweep):
         told, steps, attempt = (found.state[name] for name in ("told", "steps", "attempt"))
         states = dict(zip(states, found.state["states"], strict=True))
-        trajectory.meter.go_on(found.state["seconds"], found.state["joules"])
+        trajectory.meter.go_on(found.state["seconds"], *found.state["joules"])
     attempt += bool(damaged or changed)
     retry = {"event": "retry", "trajectory": trajectory.id, "attempt": attempt}
     if changed:
-        reason = "other versions, threads or numerics than before: it began anew"
-        yield [retry | {"reason": reason, "anew": True}]
+        yield [retry | {"reason": CHANGED, "anew": True}]
     elif damaged:
         epoch = steps / trajectory.setting.batches.count(trajectory.recipe.batch_size)
         reason = f"its newest checkpoint was damaged; it went on from epoch {epoch:g}"
@@ -177,7 +178,7 @@ def until_drawn(
             "steps": learner.steps,
             "attempt": attempt,
             "seconds": trajectory.meter.seconds(),
-            "joules": trajectory.meter.joules()[0],
+            "joules": trajectory.meter.joules(),
         }
 
     def keep() -> None:

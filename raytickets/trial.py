@@ -15,6 +15,9 @@ from raytickets.methods import Source, retrain_alone, run_source
 from raytickets.sweep import select
 from raytickets.trajectory import Point, prepare, run_trajectory
 
+CONTEXT_BYTES = 600 * 2**20
+"""An estimate of what CUDA itself takes of a GPU in every process, beside what torch allocates."""
+
 _LAST = ("trajectory", "proof", "retrained")
 
 
@@ -38,8 +41,8 @@ class Trial(tune.Trainable):
     ) -> None:
         torch.set_num_threads(cpus)
         if 0 < gpus < 1:
-            # What CUDA itself takes in every process comes on top.
-            torch.cuda.set_per_process_memory_fraction(0.9 * gpus)
+            total = torch.cuda.get_device_properties(0).total_memory
+            torch.cuda.set_per_process_memory_fraction(max(gpus - CONTEXT_BYTES / total, gpus / 2))
         self._setting = prepare(space, dataset, sweep, "cuda" if gpus else "cpu")
         self.reset_config(config)
 

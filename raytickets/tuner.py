@@ -45,7 +45,8 @@ def run_search(
     try:
         run_crew("search", trial, work, sweep, room, scheduler)
     finally:
-        work.close()
+        with contextlib.suppress(OSError):  # What goes on does it, and this may be a Ctrl-C.
+            work.close()
     if work.failed_proofs:
         raise RuntimeError("; ".join(work.failed_proofs))
     if left := work.left:

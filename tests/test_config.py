@@ -308,6 +308,14 @@ def test_milestones_keep_their_shares_of_other_epochs():
     }
 
 
+def test_retraining_by_hand_may_be_shorter_than_a_comparisons_rewind():
+    rewound = space(retraining=Retraining(epochs=9), comparison=Comparison(rewind=5))
+    assert rewound.with_retraining(epochs=8).comparison.rewind == 5
+    assert rewound.with_retraining(epochs=2).retraining.epochs == 2
+    with pytest.raises(InputError, match=r"^retraining\.epochs: 0 "):
+        rewound.with_retraining(epochs=0)
+
+
 def test_every_field_changes_the_fingerprint():
     assert set(CHANGES) == {field.name for field in dataclasses.fields(SearchSpace)}
     prints = [space(**{name: value}).fingerprint for name, value in CHANGES.items()]

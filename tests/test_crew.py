@@ -122,6 +122,15 @@ def test_what_a_job_raised_fails_it_at_once():
     assert (work.told, work.failed) == ([], [("0", "ValueError: no")])
 
 
+def test_what_could_not_be_kept_ends_the_run_and_leaves_the_job_to_the_next():
+    work, crew = crew_of(2)
+    crew.suggest("a")
+    with pytest.raises(OSError, match="No space left"):
+        crew.lost("a", "storage", "OSError: [Errno 28] No space left on device")
+    assert not work.failed
+    assert not work.told
+
+
 def test_what_ran_out_of_memory_runs_once_more_when_nothing_else_does():
     work, crew = crew_of(3)
     assert [crew.suggest(name) for name in "ab"] == [{"job": 0}, {"job": 1}]
@@ -297,7 +306,7 @@ def raised(error: Exception) -> Exception:
     [
         (
             raised(OSError(28, "No space left on device", "/data/x")),
-            *("raised", "OSError: [Errno 28] No space left on device: '/data/x'"),
+            *("storage", "OSError: [Errno 28] No space left on device: '/data/x'"),
         ),
         (raised(ValueError("bad\nand more")), "raised", "ValueError: bad"),
         (raised(RuntimeError("CUDA out of memory")), "raised", "RuntimeError: CUDA out of memory"),

@@ -8,7 +8,7 @@ import pytest
 
 from raytickets import data as data_module
 from raytickets.config import Data, InputError
-from raytickets.data import Images, Shape, describe, load_data
+from raytickets.data import Images, Shape, describe, evaluation_batch, load_data
 from raytickets.folder import Files
 
 
@@ -166,6 +166,11 @@ def test_images_in_memory_are_refused_over_half_of_it(many_pixels, monkeypatch):
     describe(many_pixels(2, "memory"))
     with pytest.raises(InputError, match=r"data\.loading: 'memory' .*data\.image_size"):
         describe(many_pixels(1.99, "memory"))
+
+
+@pytest.mark.parametrize(("size", "images"), [(8, 512), (64, 512), (224, 41), (5000, 1)])
+def test_of_large_images_fewer_are_looked_at_together(size, images):
+    assert evaluation_batch(size) == images
 
 
 def test_images_of_which_no_batch_fits_in_memory_are_refused(many_pixels):

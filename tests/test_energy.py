@@ -127,13 +127,27 @@ def test_what_is_not_known_is_none_and_not_0(device: str):
 @pytest.mark.usefixtures("no_rapl")
 def test_a_meter_that_goes_on_counts_what_was_before():
     meter = Meter(CPU, watts=65)
-    meter.go_on(100.0, 6500.0)
+    meter.go_on(100.0, 6500.0, "estimated (65 W)")
     joules, _ = meter.joules()
     assert joules is not None
     assert 6500 <= joules < 65 * 105
     assert 100 <= meter.seconds() < 105
-    meter.go_on(100.0, None)
+    meter.go_on(100.0, None, "unavailable")
     assert meter.joules() == (None, "unavailable (a part was not counted)")
+
+
+def test_what_was_estimated_in_part_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    rapl_zone(tmp_path / "intel-rapl:0", "package-0", 0)
+    monkeypatch.setattr(energy, "RAPL", tmp_path)
+    meter, measured = Meter(CPU, None), Meter(CPU, None).joules()[1]
+    for before, source in (
+        ((0.0, None), measured),
+        ((5.0, measured), measured),
+        ((5.0, "estimated (65 W)"), f"estimated (65 W) + {measured}"),
+        ((5.0, f"estimated (65 W) + {measured}"), f"estimated (65 W) + {measured}"),
+    ):
+        meter.go_on(100.0, before[0], before[1] or measured)
+        assert meter.joules() == (before[0], source)
 
 
 def test_this_machine_is_measured_or_says_that_it_cannot_be():

@@ -161,6 +161,22 @@ def test_what_begins_anew_or_with_another_recipe_is_told(tmp_path: Path):
     assert not Journal(tmp_path).append(EVENTS[0])
 
 
+@pytest.mark.parametrize(
+    ("who", "event"),
+    [
+        ("run", {"event": "epoch", "run": "one", "epoch": 1}),
+        ("trajectory", {"event": "ticket", "trajectory": "one", "ticket": "a"}),
+    ],
+)
+def test_what_began_anew_is_told_again(tmp_path: Path, who, event):
+    journal, other = Journal(tmp_path), event | {who: "other"}
+    assert journal.append(event)
+    assert journal.append(other)
+    journal.append({"event": "retry", who: "one", "attempt": 1, "reason": "", "anew": True})
+    assert journal.append(event)
+    assert not journal.append(other)
+
+
 @pytest.mark.parametrize("room", [0, 1, 100])
 def test_a_disk_that_is_full_is_named_and_leaves_the_journal_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int

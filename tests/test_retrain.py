@@ -82,6 +82,27 @@ def test_machines_that_were_taken_after_notice_count_towards_no_limit(tmp_path, 
     assert heard[0]["reason"] == "worker 0: its machine was taken"
 
 
+def test_a_network_that_cannot_be_retrained_leaves_the_others(tmp_path, monkeypatch):
+    from ray.train import TrainingFailedError, WorkerGroupError
+
+    def run_group(_space, jobs, _data, _sweep, _workers, told, *_):
+        for job in jobs:
+            if job.run == "diverges":
+                raise WorkerGroupError("gone", {0: FloatingPointError("no number")})
+            if job.run == "kills":
+                raise WorkerGroupError("gone", {0: RuntimeError("killed")})
+            told.hear({"event": "retrained", "run": job.run})
+
+    monkeypatch.setattr("raytickets.retrain._run_group", run_group)
+    heard = []
+    jobs = [Job(run, tmp_path) for run in (DENSE, "diverges", "kills", "last")]
+    with pytest.raises(TrainingFailedError) as failed:
+        retrain(SPACE, jobs, None, tmp_path, 2, heard.append)
+    assert isinstance(failed.value.worker_failures[0], FloatingPointError)
+    assert [event["run"] for event in select(heard, "retrained")] == [DENSE, "last"]
+    assert [event["run"] for event in select(heard, "retry")] == ["kills"] * RETRIES
+
+
 @pytest.mark.parametrize("asked", [2, (2, 4)])
 def test_more_workers_than_there_is_room_for_are_refused(asked):
     with pytest.raises(InputError, match=r"retraining\.num_workers: .*2.* room for 1"):

@@ -178,7 +178,9 @@ def test_a_report_names_every_ticket_and_trajectory_and_is_plain_json(sweep):
         ([*SEARCHED, {"event": "end", "state": "failed", "reason": ""}, FINISHED[-1]], "done"),
         ([*SEARCHED[:5], CUT], "interrupted"),
         ([*SEARCHED[:5], CUT, *SEARCHED[5:]], "unfinished"),
-        ([*FINISHED, retrained(MIDDLE, 900_000, 1, 0.9)], "done"),  # by hand
+        ([*FINISHED, epoch(MIDDLE, 1) | {"identity": ""}], "done"),  # by hand
+        ([*FINISHED, retrained(MIDDLE, 900_000, 1, 0.9)], "done"),
+        ([*SEARCHED, CUT, {"event": "winners", "tickets": [LARGE]}], "unfinished"),
     ],
 )
 def test_the_state_is_how_the_sweep_last_ended(sweep, events, state):
@@ -221,7 +223,8 @@ def test_retraining_by_another_recipe_leaves_the_report_alone(sweep, place):
     """Before the sweep retrains its winners, and after."""
     recipe = OPENING["space"]["retraining"] | {"epochs": 60}
     longer = retrained(SMALL, 350_000, 350 * GIGA, 0.97) | {"recipe": recipe}
-    events = [*FINISHED[:place], epoch(SMALL, 60), longer, *FINISHED[place:]]
+    first = epoch(SMALL, 60) | {"identity": "60 epochs"}
+    events = [*FINISHED[:place], first, longer, *FINISHED[place:]]
     assert sweep(events).report() == sweep(FINISHED).report()
 
 

@@ -126,6 +126,7 @@ def retraining(run: str, macs: int, test_accuracy: float) -> list[Event]:
             "loss": 1 / epoch,
             "validation_accuracy": 0.8 + epoch / 50,
             "learning_rate": 0.05 / epoch,
+            "identity": "",
         }
         for epoch in (1, 2, 3)
     ]
