@@ -174,7 +174,7 @@ def test_an_address_with_credentials_is_refused_and_not_shown(given):
 
 def test_without_the_extra_the_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "obstore", None)
-    with pytest.raises(InputError, match=r"^storage: 's3://bucket' .*raytickets\[cluster\]$"):
+    with pytest.raises(InputError, match=r"^storage: 's3://bucket' .* its extra cluster$"):
         storage.local("s3://bucket/sweeps")
 
 

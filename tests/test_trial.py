@@ -1,5 +1,7 @@
 """What a trial reports to Ray Tune."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -21,10 +23,12 @@ def test_halving_judges_after_whole_epochs_and_none_that_is_about_to_draw(check,
     assert ("accuracy" in trial.step()) == judged
 
 
-@pytest.mark.parametrize(("gpus", "guards"), [(0.25, [0.225]), (1.0, []), (0.0, [])])
+@pytest.mark.parametrize(("gpus", "guards"), [(0.25, [0.2]), (0.05, [0.025]), (1.0, []), (0.0, [])])
 def test_trials_that_share_a_gpu_share_its_memory(monkeypatch, tmp_path, gpus, guards):
     asked, devices = [], []
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", asked.append)
+    memory = SimpleNamespace(total_memory=20 * trial.CONTEXT_BYTES)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: memory)
     monkeypatch.setattr(trial, "prepare", lambda *given: devices.append(given[-1]))
     space = load_space("digits")
     Trial.setup(Trial.__new__(Trial), {"wait": 1}, space, None, tmp_path, 1, gpus)
