@@ -351,11 +351,11 @@ def sync(sweep: Found, *, tracking_uri: Recorded = None) -> int:
     gc.enable()
     try:
         with hold(found.path):
-            done = sync(found.path, tracking_uri)
+            events, runs = sync(found.path, tracking_uri)
     except Undelivered as error:
         print(f"raytickets: {error}", file=sys.stderr)
         return FAILED
-    print(f"MLflow has all {done.events} events of {found.name} in {done.runs} runs")
+    print(f"MLflow has all {events} events of {found.name} in {runs} runs")
     return 0
 
 
@@ -411,11 +411,7 @@ def _ticket(given: str) -> Path:
 
 
 def main() -> None:
-    """Run the command line and exit.
-
-    0: all done. 2: bad input. 3: something failed, or MLflow has not got everything. 4: another
-    process runs the sweep of this name. 130: interrupted, by Ctrl-C or SIGTERM.
-    """
+    """Run the command line and exit, with the codes that ABOUT tells."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
             signal.signal(number, signal.default_int_handler)

@@ -598,6 +598,11 @@ class SearchSpace:
             raise InputError("training.epochs", self.training.epochs, allowed)
 
     @property
+    def trajectories(self) -> int:
+        """How many a sweep has."""
+        return self.optuna.trajectories if self.optuna else len(self.penalties) * len(self.seeds)
+
+    @property
     def most_epochs(self) -> int:
         """Of training a trajectory: `training.epochs`, or the most that Optuna may propose."""
         given = self.optuna.ranges.get("training.epochs") if self.optuna else None

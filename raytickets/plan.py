@@ -252,10 +252,7 @@ def sweep_folder(storage: str | Path, name: str) -> Path:
 
 def _check_free(space: SearchSpace, folder: Path, opening: Event, begun: bool) -> None:
     """InputError if the disk has no room for what this is going to write."""
-    grid = len(space.penalties) * len(space.seeds)
-    count = space.optuna.trajectories if space.optuna else grid
-    if opening["event"] == "comparison":
-        count = source_count(opening)
+    count = source_count(opening) if opening["event"] == "comparison" else space.trajectories
     at_once = min(count, os.cpu_count() or 1) + 1  # A retraining keeps checkpoints too.
     tickets = count * len(opening.get("prune_ratios", space.prune_ratios))
     # float32 weights and momenta in two generations and the one that is being written.

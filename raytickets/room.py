@@ -79,14 +79,8 @@ def connected(
                 stack.enter_context(_agents_end_with_us())
             stack.callback(ray.shutdown)
         autoscaler = _Autoscaler(expected=started and address != "local")
-        wanted = trajectory_count(space) if wanted is None else wanted
+        wanted = space.trajectories if wanted is None else wanted
         yield _room(space, wanted, deadline, autoscaler)
-
-
-def trajectory_count(space: SearchSpace) -> int:
-    if space.optuna is not None:
-        return space.optuna.trajectories
-    return len(space.penalties) * len(space.seeds)
 
 
 # Connecting
@@ -183,7 +177,9 @@ def _room(space: SearchSpace, wanted: int, deadline: float, autoscaler: "_Autosc
         most = autoscaler.most(needed, slots, wanted)
         if not slots:
             autoscaler.can_bring(needed, most)  # The last number asked for may have been too many.
-            slots = _wait(needed, deadline)
+            waiting = Waiting(needed, deadline)
+            while not (slots := waiting.look()):
+                time.sleep(LOOK_S)
     finally:
         autoscaler.withdraw()
     return Room(cpus, gpus, slots, max(slots, most), workers_now(gpus))
@@ -237,14 +233,6 @@ def _refuse(needed: Mapping[str, float]) -> None:
     allowed = f"no machine of the cluster has over {most[kind]:g}, nor can it get one that does"
     field = f"resources.{kind.lower()}s_per_trial"
     raise InputError(field, int(amount) if amount == int(amount) else amount, allowed)
-
-
-def _wait(needed: Mapping[str, float], deadline: float) -> int:
-    """The number of trials that fit once a machine has room."""
-    waiting = Waiting(needed, deadline)
-    while not (slots := waiting.look()):
-        time.sleep(LOOK_S)
-    return slots
 
 
 class Waiting:

@@ -35,11 +35,11 @@ def load_space(spec: str, *, smoke: bool = False) -> SearchSpace:
     _importable(Path.cwd())
     source, _, name = spec.partition(":")
     if source.endswith(".py"):
-        function = _function(spec, _load_file(spec, Path(source)), name or FUNCTION)
+        module = _load_file(spec, Path(source))
     elif name:
-        function = _function(spec, _run(spec, lambda: importlib.import_module(source)), name)
+        module = _run(spec, lambda: importlib.import_module(source))
     elif source in built_in():
-        function = _function(spec, _load_file(spec, built_in()[source]), FUNCTION)
+        module = _load_file(spec, built_in()[source])
     else:
         close = difflib.get_close_matches(spec, built_in(), n=1)
         hint = f"did you mean {close[0]}? " if close else ""
@@ -47,6 +47,9 @@ def load_space(spec: str, *, smoke: bool = False) -> SearchSpace:
         allowed = f"{hint}must be one of {names}, a .py file, or package.module:function"
         raise InputError("space", spec, allowed)
 
+    function = getattr(module, name or FUNCTION, None)
+    if not callable(function):
+        raise InputError("space", spec, f"must define a function `{name or FUNCTION}`")
     if smoke and "smoke" not in inspect.signature(function).parameters:
         raise InputError("smoke", True, f"the function of {spec} takes no argument `smoke`")
     space = _run(spec, lambda: function(smoke=True) if smoke else function())
@@ -93,10 +96,3 @@ def _run(spec: str, code: Callable[[], object]):
         where = "".join(f" in line {frame.lineno} of {frame.filename}" for frame in theirs[:1])
         allowed = f"raised {type(error).__name__}{where}: {error}"
         raise InputError("space", spec, allowed) from error
-
-
-def _function(spec: str, module: object, name: str) -> Callable[..., object]:
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise InputError("space", spec, f"must define a function `{name}`")
-    return function

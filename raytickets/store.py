@@ -261,7 +261,9 @@ class Store:
         name = f"raytickets-{self._opening['space']['name']}"
         if not candidates:
             return
-        now = self._absent(self._client.get_model_version_by_alias, name, CHAMPION)
+        now = None
+        with _unless("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            now = self._call(self._client.get_model_version_by_alias, name, CHAMPION)
         if now:
             if "raytickets.macs" not in now.tags:
                 return  # A person chose it.
@@ -290,11 +292,6 @@ class Store:
             versions = [self._call(create, name, source, run.id, tags, await_creation_for=None)]
         set_alias = self._client.set_registered_model_alias
         self._call(set_alias, name, CHAMPION, versions[0].version)
-
-    def _absent(self, function: Callable[..., Any], *args: Any) -> Any:
-        """What a call gives, None if there is no such thing."""
-        with _unless("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            return self._call(function, *args)
 
 
 @contextlib.contextmanager

@@ -236,13 +236,11 @@ def save_ticket(folder: Path, network: nn.Module, manifest: Mapping[str, Any]) -
             sync(path)
         scratch.chmod(0o755)
         target = folder / complete["id"]
-        if target.exists():
-            if is_whole(target):
-                storage.keep(target)
-                return Ticket(target, complete)
-            shutil.rmtree(target)
-        scratch.rename(target)
-        sync(folder)
+        if not target.exists() or not is_whole(target):
+            if target.exists():
+                shutil.rmtree(target)
+            scratch.rename(target)
+            sync(folder)
         storage.keep(target)
         return Ticket(target, complete)
     finally:

@@ -7,7 +7,6 @@ import shlex
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote, urlencode
 
@@ -38,20 +37,13 @@ class Undelivered(RuntimeError):
     """MLflow has not got all of a journal; one line says why."""
 
 
-@dataclass(frozen=True)
-class Delivery:
-    """What MLflow has of a sweep: all `events` of its journal, in so many `runs`."""
-
-    events: int
-    runs: int
-
-
-def sync(folder: Path, uri: str | None = None) -> Delivery:
+def sync(folder: Path, uri: str | None = None) -> tuple[int, int]:
     """Deliver what MLflow has not got of a sweep's or comparison's journal, as often as you like.
 
-    Without `uri` it goes to the store that the sweep was recorded in, with the credentials of
-    MLFLOW_TRACKING_URI if that is the same store. Raises InputError on a folder without a whole
-    journal or a store that cannot be used, and Undelivered if the store does not take all.
+    Returns how many events it has, which are all, and in how many runs. Without `uri` it goes to
+    the store that the sweep was recorded in, with the credentials of MLFLOW_TRACKING_URI if that is
+    the same store. Raises InputError on a folder without a whole journal or a store that cannot be
+    used, and Undelivered if the store does not take all.
     """
     storage.fetch_journal(folder / NAME)
     events = Sweep(folder).events()
@@ -64,7 +56,7 @@ def sync(folder: Path, uri: str | None = None) -> Delivery:
         tracker.write(event)
     if owed := tracker.close(None):
         raise Undelivered(owed)
-    return Delivery(len(events), tracker.runs)
+    return len(events), tracker.runs
 
 
 def ui_command(uri: str) -> str:

@@ -294,7 +294,7 @@ def test_what_is_owed_to_mlflow_is_delivered_under_the_lease(found, cli, monkeyp
             pytest.fail("it is not held")
         if silent:
             raise Undelivered("3 events did not reach MLflow")
-        return SimpleNamespace(events=23, runs=7)
+        return 23, 7
 
     tracking = SimpleNamespace(sync=sync, Undelivered=Undelivered)
     monkeypatch.setitem(sys.modules, "raytickets.tracking", tracking)

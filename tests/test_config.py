@@ -231,6 +231,11 @@ def test_an_input_error_survives_the_way_between_processes():
     assert str(error) == "seeds: (1, 1) is not allowed: each may occur once"
 
 
+def test_trajectories_are_those_of_the_grid_or_as_many_as_optuna_proposes():
+    assert space(penalties=(1e-4, 1e-3), seeds=(0, 1, 2)).trajectories == 6
+    assert space(seeds=(0, 1, 2), optuna=proposals(trajectories=11)).trajectories == 11
+
+
 def test_large_seeds_that_differ_in_the_last_digit_are_different():
     assert space(seeds=(20261122, 20261123)).seeds == (20261122, 20261123)
 

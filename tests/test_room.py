@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 from head_node import Head
 
-from raytickets.config import InputError, Optuna, Range, Resources
+from raytickets.config import InputError, Resources
 from raytickets.spaces import load_space
 
 CPU = {"CPU": 1.0}
@@ -169,14 +169,6 @@ def test_what_machines_have_only_together_is_refused(room, machines, autoscaler)
     brings, _ = autoscaler(0)
     with pytest.raises(InputError, match=r"^resources: .* no machine of the cluster has all"):
         room._room(space(cpus_per_trial=2, gpus_per_trial=1), 3, 90, brings)
-
-
-def test_trajectories_are_what_is_wanted(room):
-    grid = dataclasses.replace(load_space("digits"), penalties=(1e-4, 1e-3), seeds=(0, 1, 2))
-    assert room.trajectory_count(grid) == 6
-    ranges = {"penalty": Range(1e-4, 1e-2)}
-    proposed = dataclasses.replace(grid, optuna=Optuna(trajectories=11, ranges=ranges))
-    assert room.trajectory_count(proposed) == 11
 
 
 def test_machines_that_were_given_notice_have_no_room(room, monkeypatch):

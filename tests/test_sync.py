@@ -16,12 +16,12 @@ from faulty_server import Proxy, Server
 from mlflow import MlflowClient
 
 from raytickets.store import RECORDED, TOKEN, prepare_store
-from raytickets.tracking import Delivery, Tracker, Undelivered, sync
+from raytickets.tracking import Tracker, Undelivered, sync
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 EVENTS = made_up_sweep.FINISHED
-WHOLE = Delivery(events=len(EVENTS), runs=7)
+WHOLE = (len(EVENTS), 7)
 
 
 @dataclass
