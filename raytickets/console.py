@@ -19,10 +19,19 @@ from raytickets.ticket import Ticket, kept_channels
 class Display:
     """Shows events as they come: tables that update, or lines if it is no terminal."""
 
-    def __init__(self, console: Console):
-        self._console = console
+    _budget = ""
+    """What follows the epoch of a check."""
+
+    def __init__(self, console: Console, space: SearchSpace):
+        self._console, self._space = console, space
         self._live = Live(console=console, refresh_per_second=4)
         self._status = console.status("starting Ray")
+        self._rows: dict[str, dict[str, Any]] = {}
+        self._tickets: dict[str, Event] = {}
+        self._drawn: dict[tuple[str, float], Event] = {}
+        self._proofs: dict[str, Event] = {}
+        self._retraining: dict[str, Event] = {}
+        self._retries: dict[str, Event] = {}
 
     def __enter__(self) -> Self:
         self._status.start()
@@ -43,42 +52,17 @@ class Display:
             self._live.update(Group(*tables))
 
     def _take(self, event: Event) -> None:
-        raise NotImplementedError
-
-    def _line(self, event: Event) -> str | None:
-        """What to print of this event, if anything."""
-        raise NotImplementedError
-
-    def _tables(self) -> list[RenderableType]:
-        """What a terminal shows; nothing as long as there is nothing to show."""
-        raise NotImplementedError
-
-
-class Progress(Display):
-    """The display of a sweep, or of retraining one of its tickets."""
-
-    def __init__(self, console: Console, space: SearchSpace):
-        super().__init__(console)
-        self._space = space
-        self._trajectories: dict[str, dict[str, Any]] = {}
-        self._proofs: dict[str, Event] = {}
-        self._retraining: dict[str, Event] = {}
-        self._retries: dict[str, Event] = {}
-        proposed = space.optuna.ranges if space.optuna else {}
-        self._budget = "" if "training.epochs" in proposed else f"/{space.training.epochs}"
-
-    def _take(self, event: Event) -> None:
         kind = event["event"]
-        if kind in ("check", "ticket", "trajectory"):
-            row = self._trajectories.setdefault(event["trajectory"], {"tickets": {}})
-            if kind == "ticket":
-                row["tickets"][event["prune_ratio"]] = event
-            else:
-                row[kind] = event
+        if kind in ("check", "trajectory"):
+            row = self._rows.setdefault(event["trajectory"], {})
+            row[kind] = event
             if kind == "check":
                 row.pop("trajectory", None)  # One that failed runs again.
                 if event["validation_accuracy"] is not None:  # It is, within an epoch.
                     row["validation_accuracy"] = event["validation_accuracy"]
+        elif kind == "ticket":
+            self._tickets[event["ticket"]] = event
+            self._drawn[event["trajectory"], event["prune_ratio"]] = event
         elif kind == "proof":
             self._proofs[event["ticket"]] = event
         elif kind in ("epoch", "retrained"):
@@ -87,6 +71,7 @@ class Progress(Display):
             self._retries[event.get("trajectory") or event["run"]] = event
 
     def _line(self, event: Event) -> str | None:
+        """What to print of this event, if anything."""
         match event["event"]:
             case "check":
                 distances = "  ".join(
@@ -97,7 +82,7 @@ class Progress(Display):
                     f"{event['trajectory']}"
                     f"  epoch {epoch_text(event['epoch'])}{self._budget}"
                     + (f"  validation {accuracy:.1%}" if accuracy is not None else "")
-                    + f"  mask distance {distances}"
+                    + (f"  mask distance {distances}" if distances else "")
                 )
             case "ticket":
                 return (
@@ -117,16 +102,32 @@ class Progress(Display):
                 return retry_line(event)
             case "epoch":
                 return (
-                    f"retraining {event['run']}"
+                    f"retraining {self._name(event['run'])}"
                     f"  epoch {event['epoch']}/{self._space.retraining.epochs}"
                     f"  validation {event['validation_accuracy']:.1%}"
                 )
             case "retrained":
-                return f"retraining {event['run']}  test {event['test_accuracy']:.1%}"
+                return f"retraining {self._name(event['run'])}  test {event['test_accuracy']:.1%}"
         return None
 
+    def _name(self, run: str) -> str:
+        return run
+
     def _tables(self) -> list[RenderableType]:
-        parts: list[RenderableType] = [self._search()] if self._trajectories else []
+        """What a terminal shows; nothing as long as there is nothing to show."""
+        raise NotImplementedError
+
+
+class Progress(Display):
+    """The display of a sweep, or of retraining one of its tickets."""
+
+    def __init__(self, console: Console, space: SearchSpace):
+        super().__init__(console, space)
+        proposed = space.optuna.ranges if space.optuna else {}
+        self._budget = "" if "training.epochs" in proposed else f"/{space.training.epochs}"
+
+    def _tables(self) -> list[RenderableType]:
+        parts: list[RenderableType] = [self._search()] if self._rows else []
         return [*parts, *([self._retrainings()] if self._retraining else [])]
 
     def _search(self) -> Group:
@@ -137,7 +138,7 @@ class Progress(Display):
         headers += [*seeds, "epoch", "validation", *prune]
         table = plain_table("Search", headers, right=headers)
         table.add_column("state", min_width=len("converged"))
-        shown = self._trajectories
+        shown = self._rows
         rule = self._space.stop_rule
         notes = [
             f"Under each prune ratio: the mask distance (- before check {rule.window}) until it is"
@@ -145,7 +146,7 @@ class Progress(Display):
         ]
         if len(shown) > self._console.height // 2:
             shown = {name: row for name, row in shown.items() if "trajectory" not in row}
-            notes.append(f"{len(self._trajectories) - len(shown)} trajectories have ended.")
+            notes.append(f"{len(self._rows) - len(shown)} trajectories have ended.")
         notes += map(retry_line, self._retries.values())
         if self._proofs:
             notes.append(_proved_again([proof["rung"] for proof in self._proofs.values()]))
@@ -157,7 +158,7 @@ class Progress(Display):
             accuracy = row.get("validation_accuracy")
             cells.append("-" if accuracy is None else f"{accuracy:.1%}")
             for ratio in ratios:
-                if ticket := row["tickets"].get(ratio):
+                if ticket := self._drawn.get((name, ratio)):
                     last = self._proofs.get(ticket["ticket"]) or ticket
                     drawn = f"{last['proof_accuracy']:.1%} @{epoch_text(ticket['draw_epoch'])}"
                     cells.append(f"[green]{drawn}[/]")

@@ -35,64 +35,21 @@ class Scoreboard(Display):
     """The display of a comparison; `opening` is its first event."""
 
     def __init__(self, console: Console, opening: Event):
-        super().__init__(console)
-        self._opening, self._space = opening, SearchSpace.from_dict(opening["space"])
-        self._sources: dict[str, dict[str, Any]] = {}
-        self._tickets: dict[str, Event] = {}
-        self._retraining: dict[str, Event] = {}
-        self._retries: dict[str, Event] = {}
-
-    def _take(self, event: Event) -> None:
-        kind = event["event"]
-        if kind in ("check", "trajectory"):
-            source = self._sources.setdefault(event["trajectory"], {})
-            source[kind] = event
-            if kind == "check":
-                source.pop("trajectory", None)  # One that failed runs again.
-                if event["validation_accuracy"] is not None:  # It is, within an epoch.
-                    source["validation_accuracy"] = event["validation_accuracy"]
-        elif kind == "ticket":
-            self._tickets[event["ticket"]] = event
-        elif kind in ("epoch", "retrained"):
-            self._retraining[event["run"]] = self._retraining.get(event["run"], {}) | event
-        elif kind == "retry":
-            self._retries[event.get("trajectory") or event["run"]] = event
+        super().__init__(console, SearchSpace.from_dict(opening["space"]))
+        self._opening = opening
 
     def _line(self, event: Event) -> str | None:
-        match event["event"]:
-            case "check":
-                found = event["distances"].items()
-                distances = "  ".join(f"{r}: {distance_text(d)}" for r, d in found)
-                accuracy = event["validation_accuracy"]
-                return (
-                    f"{event['trajectory']}  epoch {epoch_text(event['epoch'])}"
-                    + (f"  validation {accuracy:.1%}" if accuracy is not None else "")
-                    + (f"  mask distance {distances}" if distances else "")
-                )
-            case "ticket":
-                return f"{event['trajectory']}  found {self._name(event['ticket'])}"
-            case "trajectory":
-                reason = f" ({event['reason']})" if event["reason"] else ""
-                return f"{event['trajectory']}  {event['state']}{reason}"
-            case "retry":
-                return retry_line(event)
-            case "epoch":
-                return (
-                    f"retraining {self._name(event['run'])}"
-                    f"  epoch {event['epoch']}/{self._space.retraining.epochs}"
-                    f"  validation {event['validation_accuracy']:.1%}"
-                )
-            case "retrained":
-                return f"retraining {self._name(event['run'])}  test {event['test_accuracy']:.1%}"
-        return None
+        if event["event"] == "ticket":
+            return f"{event['trajectory']}  found {self._name(event['ticket'])}"
+        return super()._line(event)
 
-    def _name(self, ticket: str) -> str:
-        event = self._tickets[ticket]
+    def _name(self, run: str) -> str:
+        event = self._tickets[run]
         ratio = f" at prune ratio {event['prune_ratio']:g}" if event["prune_ratio"] else ""
         return f"{event['method']}{ratio}, seed {event['seed']}"
 
     def _tables(self) -> list[RenderableType]:
-        tables: list[RenderableType] = [self._searches()] if self._sources else []
+        tables: list[RenderableType] = [self._searches()] if self._rows else []
         running = {id: e for id, e in self._retraining.items() if "test_accuracy" not in e}
         if running:
             tables += [self._running(running), ""]
@@ -104,10 +61,10 @@ class Scoreboard(Display):
         ratios = [f"{ratio:g}" for ratio in self._opening["prune_ratios"]]
         headers = ["source", "epoch", "validation", *(f"prune\n{ratio}" for ratio in ratios)]
         table = plain_table("Search for tickets", headers, right=headers[1:])
-        running = {k: v for k, v in self._sources.items() if "trajectory" not in v}
+        running = {k: v for k, v in self._rows.items() if "trajectory" not in v}
         failed = [
             source["trajectory"]
-            for source in self._sources.values()
+            for source in self._rows.values()
             if source.get("trajectory", {}).get("state") in ("failed", "diverged")
         ]
         for name, source in running.items():
@@ -127,7 +84,7 @@ class Scoreboard(Display):
             shown = "-" if accuracy is None else f"{accuracy:.1%}"
             table.add_row(name, epoch_text(check["epoch"]), shown, *cells)
         parts: list[RenderableType] = [table, Text(_UNDER_RATIOS)] if running else []
-        ended, planned = len(self._sources) - len(running), source_count(self._opening)
+        ended, planned = len(self._rows) - len(running), source_count(self._opening)
         parts.append(Text(f"{ended} of {planned} sources of tickets have ended."))
         parts += [Text(f"{e['trajectory']} {e['state']}: {e['reason']}") for e in failed]
         parts += [Text(retry_line(event)) for event in self._retries.values()]
