@@ -31,6 +31,7 @@ from raytickets.journal import Event
 from raytickets.plan import deadline_s
 from raytickets.room import LOOK_S, Room, Waiting, leaving
 from raytickets.sweep import Sweep
+from raytickets.trajectory import ending
 
 RETRIES = 3
 """How often a job is handed out again whose worker was lost; machines taken at the end of their
@@ -93,21 +94,9 @@ class Work:
         """The `trajectory` event of a point or source that did not come to it itself."""
         last = self._last.get(trajectory.id, {"epoch": 0, "train_macs": 0, "seconds": 0.0})
         drawn = self._drawn.get(trajectory.id, set())
-        return {
-            "event": "trajectory",
-            "trajectory": trajectory.id,
-            "method": method,
-            "penalty": trajectory.penalty,
-            "seed": trajectory.seed,
-            "changes": dict(getattr(trajectory, "changes", {})),
-            "state": state,
-            "reason": reason,
-            "epochs": last["epoch"],
-            "train_macs": last["train_macs"],
-            "seconds": last["seconds"],
-            "ratios": {f"{ratio:g}": "drawn" if ratio in drawn else state for ratio in ratios},
-            "distances_matrix": {"epochs": [], "ratios": {}},
-        }
+        states = {ratio: "drawn" if ratio in drawn else state for ratio in ratios}
+        used = last["epoch"], last["train_macs"], last["seconds"]
+        return ending(trajectory, method, state, states, *used, reason)
 
     def _note(self, event: Event) -> None:
         match event["event"]:

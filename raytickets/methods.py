@@ -152,7 +152,8 @@ def _dense(trajectory: Trajectory, network: nn.Module) -> Iterator[list[Event]]:
     nothing = Ledger(0, 0, 0, 0.0, None if joules is None else 0.0, energy)
     mask = _everything(setting)
     event = _ticket(trajectory, "dense", 0.0, nothing, network, mask, mask)
-    yield [event, ending(trajectory, "drawn", {0.0: "drawn"}, 0.0, 0)]
+    used = 0.0, 0, trajectory.meter.seconds()
+    yield [event, ending(trajectory, "dense", "drawn", {0.0: "drawn"}, *used)]
 
 
 def _snip(trajectory: Trajectory, network: nn.Module) -> Iterator[list[Event]]:
@@ -170,7 +171,8 @@ def _snip(trajectory: Trajectory, network: nn.Module) -> Iterator[list[Event]]:
     ]
     states = dict.fromkeys(trajectory.prune_ratios, "drawn")
     macs = cost.training_macs(setting.dense_macs, len(labels))
-    yield [*events, ending(trajectory, "drawn", states, 0.0, macs)]
+    used = 0.0, macs, trajectory.meter.seconds()
+    yield [*events, ending(trajectory, "snip", "drawn", states, *used)]
 
 
 def _early_bird(trajectory: Trajectory, network: nn.Module) -> Iterator[list[Event]]:
@@ -238,7 +240,7 @@ def _iterative(trajectory: Trajectory, network: nn.Module) -> Iterator[list[Even
     state = "diverged" if failure else "drawn"
     epochs, macs = sum(part.epochs for part in done), sum(part.train_macs for part in done)
     seconds = sum(part.ledger.seconds for part in done)
-    yield [ending(trajectory, state, states, epochs, macs, failure) | {"seconds": seconds}]
+    yield [ending(trajectory, "iterative", state, states, epochs, macs, seconds, failure)]
 
 
 @dataclass(frozen=True)

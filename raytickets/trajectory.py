@@ -202,8 +202,8 @@ def until_drawn(
                 states = {r: "drawn" if s == "drawn" else outcome for r, s in states.items()}
             told.append(events)
             if outcome != "not converged" or check.last:
-                macs = spent(trajectory, check)
-                end = ending(trajectory, outcome, states, check.epoch, macs, reason)
+                used = check.epoch, spent(trajectory, check), trajectory.meter.seconds()
+                end = ending(trajectory, trajectory.method, outcome, states, *used, reason)
                 events.append(end | {"distances_matrix": _matrix(window, told)})
                 # Before the end is told, after which nobody may ask for more.
                 writer.save({}, state(), keep=1)
@@ -406,26 +406,28 @@ def check_event(trajectory: Trajectory, check: Check, states: Mapping[float, str
 
 
 def ending(
-    trajectory: Trajectory,
+    trajectory: Any,
+    method: str,
     state: str,
     states: Mapping[float, str],
     epochs: float,
     train_macs: int,
+    seconds: float,
     reason: str = "",
 ) -> Event:
-    """The event of a trajectory's end."""
+    """The event of the end of a trajectory, or of a point or source that failed or was ended."""
     return {
         "event": "trajectory",
         "trajectory": trajectory.id,
-        "method": trajectory.method,
+        "method": method,
         "penalty": trajectory.penalty,
         "seed": trajectory.seed,
-        "changes": dict(trajectory.changes),
+        "changes": dict(getattr(trajectory, "changes", {})),
         "state": state,
         "reason": reason,
         "epochs": epochs,
         "train_macs": train_macs,
-        "seconds": trajectory.meter.seconds(),
+        "seconds": seconds,
         "ratios": {f"{ratio:g}": state for ratio, state in states.items()},
         "distances_matrix": {"epochs": [], "ratios": {}},
     }
