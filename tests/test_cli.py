@@ -5,6 +5,7 @@ import os
 import pty
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from importlib.metadata import version
@@ -409,6 +410,22 @@ def test_an_interrupted_search_says_how_to_go_on(cli, monkeypatch, words, again)
     code, output, errors = cli(*words)
     assert (code, errors) == (130, "")
     assert re.fullmatch(again, output.splitlines()[-1].strip())
+
+
+@pytest.mark.parametrize(("before", "code"), [(lambda *_: None, 130), (signal.SIG_IGN, 0)])
+@pytest.mark.usefixtures("folder")
+def test_a_hangup_is_an_interruption_unless_it_is_ignored(cli, monkeypatch, before, code):
+    def run(plan, *_, **__):
+        os.kill(os.getpid(), signal.SIGHUP)
+        write(plan.folder, [plan.opening])
+        return Sweep(plan.folder)
+
+    stand_in_for_ray(monkeypatch, run)
+    others = signal.signal(signal.SIGHUP, before)
+    try:
+        assert cli("search", "mine.py")[0] == code
+    finally:
+        signal.signal(signal.SIGHUP, others)
 
 
 def begin(monkeypatch, told, plans):

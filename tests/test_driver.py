@@ -1,11 +1,17 @@
 """A whole sweep on Ray: searched, drawn, retrained, recorded; cut off and gone on with."""
 
+import contextlib
 import dataclasses
 import json
+import os
 import shutil
+import signal
+import socket
 import sqlite3
 from pathlib import Path
+from types import SimpleNamespace
 
+import made_up_sweep
 import optuna
 import pytest
 import torch
@@ -29,6 +35,7 @@ from raytickets.config import Training as Recipe
 from raytickets.data import load_data
 from raytickets.driver import SweepFailed, retrain_ticket
 from raytickets.halving import hypervolume
+from raytickets.room import Room
 from raytickets.study import FILE, study_name
 from raytickets.sweep import Sweep, select
 from raytickets.ticket import WEIGHTS, package_versions
@@ -421,3 +428,55 @@ def test_more_workers_than_the_cluster_has_room_for(place, store):
     space = dataclasses.replace(SPACE, retraining=Retraining(epochs=2, num_workers=32))
     with pytest.raises(InputError, match=r"retraining\.num_workers: 32"):
         search(space, name="crowded", storage=place, tracking_uri=store)
+
+
+def test_a_store_that_is_refused_is_to_cost_a_cluster_nothing(tmp_path, monkeypatch):
+    @contextlib.contextmanager
+    def connected(*_):
+        pytest.fail("the cluster was asked first")
+        yield
+
+    monkeypatch.setattr(driver, "connected", connected)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        cluster = f"127.0.0.1:{listener.getsockname()[1]}"
+        with pytest.raises(InputError, match=r"^tracking_uri: "):
+            search(SPACE, name="x", storage=tmp_path, tracking_uri="sqlite://", address=cluster)
+
+
+@pytest.fixture
+def handlers():
+    """Signals are handled as before when the test ends."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("handlers")
+def test_a_hangup_interrupts_unless_it_is_ignored(monkeypatch):
+    timer = SimpleNamespace(start=lambda: None)
+    monkeypatch.setattr(driver.threading, "Timer", lambda *_: timer)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with driver.interruptible(""):
+        os.kill(os.getpid(), signal.SIGHUP)
+    signal.signal(signal.SIGHUP, lambda *_: None)
+    with pytest.raises(KeyboardInterrupt), driver.interruptible(""):
+        os.kill(os.getpid(), signal.SIGHUP)
+
+
+def test_a_ticket_is_not_retrained_with_images_other_than_the_sweeps(sweep, monkeypatch):
+    monkeypatch.setattr(driver, "load_data", lambda data: load_data(Data(data.source, limit=128)))
+    with pytest.raises(InputError, match=r"^data\.path: .* not those that the sweep began with"):
+        retrain_ticket(sweep.path / "tickets" / ids(sweep)[0])
+
+
+def test_a_sweep_that_goes_on_with_retraining_alone_says_that_it_runs(tmp_path, monkeypatch):
+    cut = {"event": "end", "state": "interrupted", "reason": ""}
+    made = Sweep(made_up_sweep.write(tmp_path / "cut", [*made_up_sweep.SEARCHED, cut]))
+    monkeypatch.setattr(driver, "retrain", lambda *_, **__: None)
+    monkeypatch.setattr(driver, "workers_now", lambda _: 1)
+    told = []
+    room = Room(cpus=1, gpus=0.0, slots=1, most=1, workers=1)
+    driver._retrain_winners(made_up_sweep.SPACE, made, None, room, told.append)
+    assert told == [made_up_sweep.SEARCHED[-1]]
