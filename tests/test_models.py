@@ -118,6 +118,12 @@ def test_networks_of_timm_can_be_shrunk(name):
     assert all(map(torch.equal, network.state_dict().values(), again.state_dict().values()))
 
 
+def test_scales_of_timm_are_all_alike_at_the_start():
+    pytest.importorskip("timm", reason="needs the extra `timm`")
+    norms = [m for m in build("timm/resnet18").modules() if isinstance(m, nn.BatchNorm2d)]
+    assert {scale for norm in norms for scale in norm.weight.tolist()} == {1.0}
+
+
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [

@@ -543,6 +543,26 @@ class ReadRaw(Shuffled):
         return self.head(self.second(self.first[1](raw)) + self.second[0](raw))
 
 
+class FixedSizeInTraining(Shuffled):
+    def forward(self, images):
+        inner = self.first(images)
+        return self.head(self.second(inner.view(-1, 8, 8, 8) if self.training else inner))
+
+
+class MoreInTraining(Shuffled):
+    """As Inception, which gives an auxiliary output too."""
+
+    def forward(self, images):
+        outputs = self.head(self.second(self.first(images)))
+        return (outputs, outputs) if self.training else outputs
+
+
+def zeroed(network):
+    """With a last layer that begins as nothing, behind which everything agrees."""
+    nn.init.zeros_(network.head[0].weight)
+    return network
+
+
 @pytest.mark.parametrize(
     ("network", "words"),
     [
@@ -551,6 +571,9 @@ class ReadRaw(Shuffled):
         (ReadRaw(), "differ by .* of the largest once shrunk"),
         # It gives nothing to read for a black image.
         (ReadRaw(bias=False), "differ by .* of the largest once shrunk"),
+        (zeroed(ReadRaw()), "differ by .* of the largest once shrunk"),
+        (MoreInTraining(), "it gives something else in training than in evaluation"),
+        (FixedSizeInTraining(), "it fails once shrunk: RuntimeError: "),
     ],
 )
 def test_a_network_whose_channels_cannot_be_followed_is_refused(network, words):
