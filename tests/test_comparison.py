@@ -117,6 +117,19 @@ def test_a_failure_is_told_of_once():
     assert report([OPENING, failed, end])["failures"] == [reason]
 
 
+def test_a_source_that_diverged_is_told_of_beside_what_failed():
+    lost = [
+        ended("early_bird", 0, {}, "diverged") | {"reason": "the loss was nan"},
+        ended("early_bird", 1, {}, "failed") | {"reason": "no space left"},
+    ]
+    name = "early_bird-penalty0.0001-seed0: the loss was nan"
+    failed = "early_bird-penalty0.0001-seed1: no space left"
+    assert report([OPENING, lost[0]])["failures"] == [name]
+    assert report([OPENING, *lost])["failures"] == [failed, name]
+    end = {"event": "end", "state": "failed", "reason": failed}
+    assert report([OPENING, *lost, end])["failures"] == [failed, name]
+
+
 def test_retraining_a_ticket_by_hand_changes_nothing():
     events = finished()
     by_hand = next(e for e in events if e["event"] == "retrained") | {"test_accuracy": 0.5}

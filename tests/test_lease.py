@@ -56,6 +56,22 @@ def test_a_lease_names_its_holder_and_its_number_grows(tmp_path):
         assert (lease.token, later.token) == (1, 2)
 
 
+def test_a_lease_whose_file_names_another_holder_is_lost(tmp_path):
+    """As on NFS, where one that was cut off loses its lock and hears nothing of it."""
+    folder = tmp_path / "first"
+    with hold(folder) as lease:
+        lease.confirm()
+        own = (folder / FILE).read_text()
+        (folder / FILE).write_text(json.dumps(json.loads(own) | {"token": lease.token + 1}))
+        with pytest.raises(Lost, match="the lease of first was lost: another process has taken"):
+            lease.confirm()
+        (folder / FILE).write_text(own)
+        lease.confirm()
+        (folder / FILE).unlink()
+        with pytest.raises(Lost):
+            lease.confirm()
+
+
 def test_what_goes_wrong_under_a_lease_comes_through(tmp_path):
     with pytest.raises(FileNotFoundError, match="nosuch"), hold(tmp_path / "first"):
         (tmp_path / "nosuch").read_text()

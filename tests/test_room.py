@@ -88,6 +88,13 @@ def test_one_gpu_each_where_there_are_any(room, machines, autoscaler, gpus, has,
     assert found.gpus == (gpus if gpus is not None else float(has > 0))
 
 
+@pytest.mark.parametrize(("gpus", "slots"), [(0.4, 4), (0.6, 2), (0.1, 20), (1 / 93, 186)])
+def test_a_share_of_a_gpu_is_all_on_one(room, machines, autoscaler, gpus, slots):
+    machines([{"CPU": 200.0, "GPU": 2.0}])
+    brings, _ = autoscaler(0)
+    assert room._room(space(gpus_per_trial=gpus), 200, 0, brings).slots == slots
+
+
 def test_gpus_that_the_autoscaler_can_bring_count(room, machines, autoscaler):
     machines([{"CPU": 4.0}], [{"CPU": 4.0}], [{"CPU": 4.0}, {"CPU": 4.0, "GPU": 1.0}])
     brings, _ = autoscaler(3, CPU=4, GPU=1)

@@ -73,6 +73,21 @@ def test_without_sharing_each_prune_ratio_would_have_a_trajectory_to_its_own_dra
     assert report["without_sharing"] == (75 + 100 + 80 + 200 + 140 + 500 + 175) / 1000
 
 
+def test_of_two_trajectories_at_one_point_each_pays_for_the_same_tickets(sweep):
+    """As Optuna may propose them."""
+    twin = [
+        event | {"trajectory": "trial9-seed0"}
+        for event in SEARCHED
+        if event.get("trajectory") == HIGH
+    ]
+    assert len([event for event in twin if event["event"] == "ticket"]) == 2
+    report = sweep([OPENING, *twin, *FINISHED[1:]]).report()
+    # The twin's trajectory takes 100 and its two proofs 20 each; alone it would take 75 and 100.
+    assert report["search_macs"] == (440 + 100 + 40) * GIGA
+    assert report["sweep_cost"] == (580 + 500 + 175) / 1000
+    assert report["without_sharing"] == (455 + 175 + 180 + 500 + 175) / 1000
+
+
 def test_one_prune_ratio_has_nothing_to_share(sweep):
     alone = [
         OPENING,
@@ -249,6 +264,13 @@ def test_a_comparisons_folder_has_its_own_report(tmp_path):
     assert compared.report() == found | {"interrupted": [], "retries": {}}
     assert compared.space() == made_up_comparison.COMPARED
     assert compared.failures() == []
+
+
+def test_a_comparison_that_goes_on_with_retraining_alone_is_unfinished(tmp_path):
+    retraining = made_up_comparison.epoch("early_bird", 0.3, 0, 1)
+    events = [made_up_comparison.OPENING, CUT, retraining]
+    assert Sweep(write(tmp_path / "duel", events[:2])).report()["state"] == "interrupted"
+    assert Sweep(write(tmp_path / "on", events)).report()["state"] == "unfinished"
 
 
 def test_what_had_not_ended_when_its_sweep_did_is_interrupted(sweep):
