@@ -156,9 +156,11 @@ def _set_aside(folder: Path) -> str | None:
         return None
     kept = folder.with_name(f"{folder.name}-before-{time.strftime('%Y%m%d-%H%M%S')}")
     for half in folder.parent.glob(f"{folder.name}-before-[0-9]*-[0-9]*"):
-        if (folder / NAME).exists() and not (half / NAME).exists():
+        if (folder / NAME).exists() and not any((half / path.name).exists() for path in held):
             kept = half  # This was killed on its way there.
-    kept.mkdir(exist_ok=True)
+            break
+    else:
+        kept.mkdir()
     for path in held:
         path.rename(kept / path.name)
     return f"what {folder.name} held is kept in {address(kept)}"

@@ -259,6 +259,28 @@ def test_a_refusal_of_starting_anew_moves_nothing(space, tmp_path):
     assert kept.exists()
 
 
+def test_starting_anew_that_was_killed_goes_on_into_the_same_folder(space, tmp_path):
+    whole, half = (tmp_path / f"first-before-20260101-00000{second}" for second in (1, 2))
+    write(whole, [{"event": "sweep"}])
+    (half / "tickets").mkdir(parents=True)
+    (begun(space, tmp_path).folder / "retrained").mkdir()
+    plan = make_plan(space, name="first", storage=tmp_path, new=True)
+    assert plan.notes == (f"what first held is kept in {half}",)
+    assert {path.name for path in half.iterdir()} == {"tickets", "retrained", "journal.jsonl"}
+    assert [path.name for path in whole.iterdir()] == ["journal.jsonl"]
+    assert {*tmp_path.glob("first-before-*")} == {whole, half}
+
+
+def test_starting_anew_takes_the_place_of_nothing_that_was_kept(space, tmp_path):
+    kept = tmp_path / "first-before-20260101-000001/tickets/one"
+    kept.mkdir(parents=True)
+    (begun(space, tmp_path).folder / "tickets" / "two").mkdir(parents=True)
+    make_plan(space, name="first", storage=tmp_path, new=True)
+    assert [path.name for path in kept.parent.iterdir()] == ["one"]
+    (other,) = {*tmp_path.glob("first-before-*")} - {kept.parent.parent}
+    assert {path.name for path in other.iterdir()} == {"tickets", "journal.jsonl"}
+
+
 def test_a_series_starts_its_next_sweep_with_images_that_changed(space, tmp_path):
     with opened(space, name="nights", storage=tmp_path, series=True) as plan:
         write(plan.folder, [plan.opening])
