@@ -79,8 +79,10 @@ class Runs:
         self._history: list[Event] = []
         """Without checks and epochs, which are most of a journal."""
         self._checks: dict[str, dict[int, Event]] = {}  # Until their trajectory ends.
+        self._shown: Counter[str] = Counter()
+        """The last step of a trajectory's curves."""
         self._given_up: Counter[str] = Counter()
-        """Checks of tries of a trajectory before it began anew."""
+        """The one before it began anew."""
         self._retries: dict[str, list[str]] = {}
         self._totals: dict[str, float | None] = {}
         self._told: Counter[tuple[str, str]] = Counter()
@@ -105,8 +107,9 @@ class Runs:
                 run.wanted = "RUNNING"
                 curves = _pick(event, "epoch", "loss", "validation_accuracy", "train_macs")
                 distances = {f"mask_distance_{r}": d for r, d in event["distances"].items()}
-                before = self._given_up[event["trajectory"]]
-                run.measure(curves | distances, before + event["check"])
+                step = self._given_up[event["trajectory"]] + event["check"]
+                run.measure(curves | distances, step)
+                self._shown[event["trajectory"]] = max(self._shown[event["trajectory"]], step)
                 self._checks.setdefault(event["trajectory"], {})[event["check"]] = event
             case "ticket":
                 self._add_ticket(event)
@@ -219,7 +222,8 @@ class Runs:
         if event.get("anew"):
             # What MLflow has stays there, and its latest step is what it shows of a run.
             if key:
-                self._given_up[key] += max(self._checks.pop(key, {}), default=0)
+                self._given_up[key] = self._shown[key]
+                self._checks.pop(key, None)
             else:
                 self._place("retrained", event["run"])
         reasons = self._retries.setdefault(key or event["run"], [])

@@ -4,6 +4,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from made_up_sweep import LARGE, LOW, OPENING, check, ticket, write
 
 import raytickets.driver  # which sets what Ray reads when it is imported
 from raytickets import crew
@@ -21,6 +22,8 @@ from raytickets.crew import (
     why,
 )
 from raytickets.room import NoRoom, Room
+from raytickets.sweep import Sweep
+from raytickets.trajectory import Point
 
 exceptions = raytickets.driver.ray.exceptions
 RayActorError, RayTaskError = exceptions.RayActorError, exceptions.RayTaskError
@@ -113,6 +116,19 @@ def test_a_worker_that_is_to_go_does_not_wait_for_a_job():
         crew.suggest(name)
     crew.complete("a", stays=False)
     assert crew.suggest("c") is None
+
+
+def test_a_trajectory_that_began_anew_has_neither_spent_nor_drawn_what_it_did_before(tmp_path):
+    anew = {"event": "retry", "trajectory": LOW, "attempt": 1, "reason": "", "anew": True}
+    events = [check(LOW, 8.0, {}), ticket(LOW, LARGE, 0.3, 1, 0.9), anew, check(LOW, 1.0, {})]
+
+    def ended(events):
+        work = Work(Sweep(write(tmp_path / str(len(events)), [OPENING, *events])), print)
+        return work.ending(Point(1e-4, 0), "early_bird", (0.3, 0.5), "failed", "gone")
+
+    assert (ended(events[:2])["epochs"], ended(events)["epochs"]) == (8.0, 1.0)
+    assert ended(events[:2])["ratios"] == {"0.3": "drawn", "0.5": "failed"}
+    assert ended(events)["ratios"] == {"0.3": "failed", "0.5": "failed"}
 
 
 def test_what_a_job_raised_fails_it_at_once():

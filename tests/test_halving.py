@@ -7,7 +7,7 @@ import random
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given
-from made_up_sweep import FINISHED, LARGE, LOW, SEARCHED, SMALL, SPACE, proof, ticket
+from made_up_sweep import FINISHED, HIGH, LARGE, LOW, SEARCHED, SMALL, SPACE, proof, ticket
 
 from raytickets.config import Proof, SearchSpace
 from raytickets.halving import (
@@ -107,6 +107,16 @@ def test_of_tickets_drawn_again_the_newest_count():
     assert ids(proved([*events, again])) == ["b", "z"]
     assert asked(2, 1, [*events, again]) == (2, ["b"])
     assert proved([*events, again, proof("z", 2, 0.9)])[1]["proof_rung"] == 2
+
+
+def test_of_a_trajectory_that_began_anew_no_ticket_of_before_counts():
+    anew = {"event": "retry", "trajectory": LOW, "attempt": 1, "reason": "", "anew": True}
+    other = ticket(HIGH, "o", 0.01, 1, 0.7)
+    events = [*drawn((0.9, 1), (0.8, 1)), other, anew]
+    assert ids(proved(events)) == ["o"]
+    again = ticket(LOW, "a", 0.01, 1, 0.9)
+    assert ids(proved([*events, again])) == ["a", "o"]
+    assert ids(proved([*events[:-1], anew | {"anew": False}])) == ["a", "b", "o"]
 
 
 def test_proofs_are_summed_up():

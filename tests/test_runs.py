@@ -276,6 +276,21 @@ def test_retries_are_counted_and_their_reasons_shown(tmp_path: Path):
         assert runs[key].wanted == "RUNNING"
 
 
+@pytest.mark.parametrize("ended", [False, True])
+def test_what_begins_anew_is_shown_after_what_it_gave_up(tmp_path: Path, ended: bool):
+    low, run = made_up_sweep.LOW, "dense"
+    first, second = (made_up_sweep.check(low, n, {"0.3": 0.5}) for n in (1.0, 2.0))
+    end = made_up_sweep.trajectory(low, "drawn", 10, {"0.3": "drawn"})
+    anew = {"event": "retry", "attempt": 1, "reason": "other versions", "anew": True}
+    epoch = made_up_sweep.epoch(run, 1)
+    events = [made_up_sweep.OPENING, first, second, *[end] * ended]
+    events += [anew | {"trajectory": low}, first, epoch, anew | {"run": run}, epoch]
+    runs = runs_of(events, tmp_path).all
+    shown = {(n, step) for name, n, step, _ in runs[low].metrics if name == "epoch"}
+    assert shown == {(1.0, 2), (2.0, 4), (1.0, 6)}
+    assert [place for name, _, _, place in runs[run].metrics if name == "loss"] == [0, 1]
+
+
 def test_a_ticket_whose_proof_was_tried_again_has_ended(tmp_path: Path):
     retry = {"event": "retry", "run": made_up_sweep.SMALL, "attempt": 1, "reason": "lost"}
     events = list(made_up_sweep.SEARCHED)
