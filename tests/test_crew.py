@@ -288,6 +288,7 @@ def test_nothing_is_waited_for_when_all_is_done(cluster):
     assert cluster.looks == 1
 
 
+@pytest.mark.usefixtures("cluster")
 def test_what_goes_wrong_when_a_trial_is_complete_ends_the_run(monkeypatch):
     """Tune itself takes it for an error of the trial."""
     work, crew_ = crew_of(1)
