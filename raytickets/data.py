@@ -20,7 +20,6 @@ from raytickets.vision import read_cifar
 
 EVALUATION_BATCH = 512
 """Images of up to 64 x 64 pixels that are looked at together; of larger ones there are fewer."""
-"""Images that are evaluated at a time."""
 
 _STATISTICS_SAMPLE = 2048
 _STATISTICS_CHUNK = 64

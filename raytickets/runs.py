@@ -82,7 +82,7 @@ class Runs:
         self._shown: Counter[str] = Counter()
         """The last step of a trajectory's curves."""
         self._given_up: Counter[str] = Counter()
-        """The one before it began anew."""
+        """The last step of those that it showed before it began anew."""
         self._retries: dict[str, list[str]] = {}
         self._totals: dict[str, float | None] = {}
         self._told: Counter[tuple[str, str]] = Counter()
