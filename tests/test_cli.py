@@ -14,60 +14,31 @@ from types import SimpleNamespace
 
 import made_up_comparison
 import pytest
-import torch
 from made_up_space import Failed, source, stand_in_for_ray
 from made_up_sweep import (
     FINISHED,
     LOW,
     OPENING,
     SMALL,
-    SPACE,
     check,
     epoch,
     retrained,
     ticket,
     write,
 )
+from test_ticket import saved_ticket
 
 from raytickets.lease import Held, hold
-from raytickets.models import build_network
-from raytickets.shrink import channel_groups, shrink
 from raytickets.spaces import built_in
 from raytickets.sweep import Sweep
-from raytickets.ticket import group_masks, save_ticket
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A folder with a finished sweep in it, one of whose tickets is there."""
     path = tmp_path_factory.mktemp("made")
-    dense = build_network(SPACE.network, in_channels=1, num_classes=10, seed=0)
-    groups = channel_groups(dense, torch.zeros(1, 1, 8, 8))
-    mask = torch.tensor([place % 2 == 0 for group in groups for place in range(group.width)])
-    manifest = {
-        "network": {
-            "name": SPACE.network.name,
-            "options": dict(SPACE.network.options),
-            "in_channels": 1,
-            "num_classes": 10,
-            "image_size": 8,
-        },
-        "groups": group_masks(groups, mask, mask),
-        "min_channels": {"least": 1, "acted_on": []},
-        "round_to": 1,
-        "precision": "float32",
-        "penalty": 1e-3,
-        "prune_ratio": 0.5,
-        "learning_rate": 0.1,
-        "seed": 0,
-        "stop_rule": {"rule": "corrected", "window": 5, "threshold": 0.2, "distances": [0.1] * 4},
-        "draw": {"check": 8, "epoch": 8},
-        "space": {"name": SPACE.name, "fingerprint": SPACE.fingerprint},
-        "macs": 350_000,
-        "params": 35_000,
-    }
     sweep = path / "sweeps" / "first"
-    saved = save_ticket(sweep / "tickets", shrink(dense, groups, mask), manifest)
+    saved = saved_ticket(sweep / "tickets")
     write(sweep, [*FINISHED, ticket(LOW, saved.id, 0.5, 350_000, 0.96)])
     return path, saved
 

@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_ticket import manifest_of, shrunk_network
+from test_ticket import saved_ticket
 
 from raytickets.config import InputError
 from raytickets.ticket import (
@@ -24,15 +24,12 @@ from raytickets.ticket import (
     _id,
     _sha256,
     load_ticket,
-    save_ticket,
 )
 
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
-    network, groups, mask = shrunk_network()
-    folder = tmp_path_factory.mktemp("good")
-    return save_ticket(folder, network, manifest_of(groups, mask)).path
+    return saved_ticket(tmp_path_factory.mktemp("good")).path
 
 
 @pytest.fixture

@@ -14,16 +14,15 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from test_ticket import saved_ticket
 
 import raytickets.driver  # noqa: F401 - it sets what Ray reads when it is imported
 from raytickets.batches import Batches
 from raytickets.config import Data, InputError, Network, Retraining, SearchSpace, Training
 from raytickets.data import load_data
-from raytickets.models import build_network
 from raytickets.retrain import DENSE, RETRIES, Job, _Told, retrain, weigh, worker_count
-from raytickets.shrink import channel_groups, shrink
 from raytickets.sweep import select
-from raytickets.ticket import group_masks, load_ticket, save_ticket
+from raytickets.ticket import load_ticket
 from raytickets.train import accuracy, numerics
 
 SPACE = SearchSpace(
@@ -175,36 +174,6 @@ def plain(num_classes, in_channels):
 """
 
 
-def ticket_of(space, dataset, folder):
-    network = build_network(space.network, in_channels=1, num_classes=10, seed=0)
-    groups = channel_groups(network, dataset.shape.example())
-    generator = torch.Generator().manual_seed(0)
-    mask = torch.rand(sum(group.width for group in groups), generator=generator) < 0.6
-    manifest = {
-        "network": {
-            "name": space.network.name,
-            "options": dict(space.network.options),
-            "in_channels": 1,
-            "num_classes": 10,
-            "image_size": 8,
-        },
-        "groups": group_masks(groups, mask, mask),
-        "min_channels": {"least": 1, "acted_on": []},
-        "round_to": 1,
-        "penalty": 1e-3,
-        "prune_ratio": 0.5,
-        "learning_rate": 0.1,
-        "seed": 0,
-        "precision": "float32",
-        "stop_rule": None,
-        "draw": None,
-        "space": {"name": "tiny", "fingerprint": "f" * 64},
-        "macs": 100_000,
-        "params": 10_000,
-    }
-    return save_ticket(folder / "tickets", shrink(network, groups, mask), manifest)
-
-
 class Retrainings:
     """Retrains a ticket of a network that is watched, in a sweep's folder of its own."""
 
@@ -218,9 +187,8 @@ class Retrainings:
         self.space = dataclasses.replace(
             SPACE, network=Network(f"{folder}/nets.py:network", options)
         )
-        dataset = load_data(SPACE.data)
-        self.ticket = ticket_of(self.space, dataset, folder)
-        self.data = ray.put(dataset)
+        self.ticket = saved_ticket(folder / "tickets", self.space.network)
+        self.data = ray.put(load_data(SPACE.data))
 
     def __call__(self, on_event=lambda _: None, **recipe):
         """The events, each once."""
@@ -400,7 +368,7 @@ def test_two_workers_share_the_evaluation_and_tell_of_the_whole(tmp_path):
     images = Data("digits", validation=0.4, test=0.3)  # Two batches of evaluation each.
     space = dataclasses.replace(SPACE, data=images, precision="float32")
     dataset, events = load_data(images), []
-    ticket = ticket_of(space, dataset, tmp_path)
+    ticket = saved_ticket(tmp_path / "tickets")
     retrain(space, [Job(ticket.id, ticket.path)], ray.put(dataset), tmp_path, 2, events.append)
     done = events[-1]
     network = load_ticket(tmp_path / done["path"]).network()

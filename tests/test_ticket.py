@@ -64,10 +64,14 @@ def manifest_of(groups, mask, spec=VGG, cut=None):
     }
 
 
+def saved_ticket(folder, spec=VGG, seed=0):
+    network, groups, mask = shrunk_network(spec, seed)
+    return save_ticket(folder, network, manifest_of(groups, mask, spec))
+
+
 @pytest.fixture
 def ticket(tmp_path):
-    network, groups, mask = shrunk_network()
-    return save_ticket(tmp_path / "tickets", network, manifest_of(groups, mask))
+    return saved_ticket(tmp_path / "tickets")
 
 
 def test_the_network_comes_back_bit_for_bit(tmp_path):
@@ -109,11 +113,9 @@ def test_fresh_weights_have_the_ticket_shape_and_follow_the_seed(ticket):
 
 
 def test_the_same_ticket_has_the_same_id_and_another_has_not(tmp_path, ticket):
-    network, groups, mask = shrunk_network()
-    assert save_ticket(tmp_path / "b", network, manifest_of(groups, mask)).id == ticket.id
-    assert save_ticket(tmp_path / "tickets", network, manifest_of(groups, mask)) == ticket
-    network, groups, mask = shrunk_network(seed=1)
-    assert save_ticket(tmp_path / "b", network, manifest_of(groups, mask)).id != ticket.id
+    assert saved_ticket(tmp_path / "b").id == ticket.id
+    assert saved_ticket(tmp_path / "tickets") == ticket
+    assert saved_ticket(tmp_path / "b", seed=1).id != ticket.id
 
 
 def test_only_whole_tickets_lie_in_the_folder(ticket):
@@ -123,9 +125,7 @@ def test_only_whole_tickets_lie_in_the_folder(ticket):
 
 def test_a_damaged_ticket_is_written_again(ticket):
     (ticket.path / WEIGHTS).write_bytes(b"")
-    network, groups, mask = shrunk_network()
-    again = save_ticket(ticket.path.parent, network, manifest_of(groups, mask))
-    assert load_ticket(again.path).id == ticket.id
+    assert load_ticket(saved_ticket(ticket.path.parent).path).id == ticket.id
 
 
 def test_a_module_with_two_names_is_saved_under_both(tmp_path):
@@ -152,8 +152,7 @@ def test_what_a_killed_writer_left_goes_at_a_later_save_if_it_is_old(ticket):
         (path / WEIGHTS).write_bytes(b"half")
     yesterday = time.time() - 2 * 86_400
     os.utime(old, (yesterday, yesterday))
-    network, groups, mask = shrunk_network(seed=1)
-    save_ticket(ticket.path.parent, network, manifest_of(groups, mask))
+    saved_ticket(ticket.path.parent, seed=1)
     assert young.is_dir()
     assert not old.exists()
 
@@ -163,9 +162,8 @@ def test_a_full_disk_leaves_nothing_and_is_named(ticket, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
     monkeypatch.setattr("raytickets.ticket.sync", full)
-    network, groups, mask = shrunk_network(seed=1)
     with pytest.raises(OSError, match="No space left"):
-        save_ticket(ticket.path.parent, network, manifest_of(groups, mask))
+        saved_ticket(ticket.path.parent, seed=1)
     assert [path.name for path in ticket.path.parent.iterdir()] == [ticket.id]
 
 
@@ -175,10 +173,9 @@ def test_a_ticket_is_kept_once_it_is_in_place_and_fetched_before_it_is_read(tmp_
     monkeypatch.setattr(
         storage, "fetch", lambda path, **_: told.append(("fetch", path.name)) or path
     )
-    network, groups, mask = shrunk_network()
-    saved = save_ticket(tmp_path, network, manifest_of(groups, mask))
+    saved = saved_ticket(tmp_path)
     assert told == [("fetch", saved.id), ("keep", saved.id)]
-    save_ticket(tmp_path, network, manifest_of(groups, mask))  # its upload may have been cut off
+    saved_ticket(tmp_path)  # its upload may have been cut off
     assert told[-1] == ("keep", saved.id)
 
 
