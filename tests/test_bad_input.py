@@ -311,6 +311,7 @@ def test_a_name_that_belongs_to_another_space(folder, refusal):
 NOT_FOUND = [
     ("report nosuch", "sweep: 'sweeps/nosuch' .* must be the folder of a sweep"),
     ("report mine.py", r"sweep: 'sweeps/mine\.py' .* must be the folder of a sweep"),
+    ("report .", r"sweep: '\.' .* the folder of a sweep, which holds journal\.jsonl"),
     ("report images", "sweep: 'images' .* must be the folder of a sweep"),
     ("report ../first", r"sweep: 'sweeps/\.\./first' .* must be the folder of a sweep"),
     ("report bad", "sweep: 'sweeps/bad' .* its journal is damaged: line 1"),
@@ -318,7 +319,7 @@ NOT_FOUND = [
     ("report empty", "sweep: 'sweeps/empty' .* its journal is empty"),
     ("report ftp://host/x", "storage: 'ftp://host/x' .* must be a folder, or one of s3:"),
     ("report s3://", "storage: 's3://' .* must be a bucket"),
-    ("show nosuch", "ticket: 'nosuch' .* must be a ticket's folder, or an id"),
+    ("show nosuch", "ticket: 'nosuch' .* must be a ticket's folder, or an id under sweeps"),
     ("show *", r"ticket: '\*' .* must be a ticket's folder, or an id"),
     ("show mine.py", r"ticket: 'mine\.py' .* must be a ticket's folder, or an id"),
     ("show /nosuch", "ticket: '/nosuch' .* must be a ticket's folder, or an id"),

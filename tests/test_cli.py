@@ -120,45 +120,10 @@ def test_help_names_every_command(cli):
         assert code in " ".join(output.split())
 
 
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        ("report nosuch", "^sweep: 'sweeps/nosuch' .* folder of a sweep"),
-        ("report .", r"^sweep: '\.' .* folder of a sweep, which holds journal\.jsonl"),
-        ("show nosuch", r"^ticket: 'nosuch' .* a ticket's folder, or an id under sweeps"),
-        ("show sweeps/first", "^ticket: 'sweeps/first' .* not a whole ticket"),
-        ("retrain nosuch", "^ticket: 'nosuch' .* a ticket's folder, or an id"),
-        ("retrain sweeps", "^sweep: .* must be the folder of a sweep"),
-        ("retrain {id} --epochs 0", r"^retraining\.epochs: 0 .* at least 1"),
-    ],
-)
-def test_what_is_not_there_cannot_be_shown_or_retrained(found, refusal, words, said):
-    line = refusal(*words.format(id=found.id).split())
-    assert re.search(said, line), line
-
-
-@pytest.mark.parametrize(
-    ("damage", "said"),
-    [
-        (lambda path: (path / "manifest.json").unlink(), "not a whole ticket"),
-        (lambda path: (path / "ticket.safetensors").unlink(), "not a whole ticket"),
-        (
-            lambda path: (path / "ticket.safetensors").write_bytes(b""),
-            "not a whole ticket",
-        ),
-        (lambda path: (path / "manifest.json").write_text("{}"), "not a whole ticket"),
-        (
-            lambda path: (path / "manifest.json").write_text(
-                (path / "manifest.json").read_text().replace('"seed": 0', '"seed": 1')
-            ),
-            "altered",
-        ),
-    ],
-)
-def test_a_damaged_ticket_is_not_shown(found, refusal, tmp_path, damage, said):
-    copy = shutil.copytree(found.path, tmp_path / "copy")
-    damage(copy)
-    assert re.search(f"^ticket: '{copy}' .*{said}", refusal("show", str(copy)))
+def test_an_altered_ticket_is_not_shown(found, refusal, tmp_path):
+    path = shutil.copytree(found.path, tmp_path / "copy") / "manifest.json"
+    path.write_text(path.read_text().replace('"seed": 0', '"seed": 1'))
+    assert re.search(f"^ticket: '{path.parent}' .* altered", refusal("show", str(path.parent)))
 
 
 def test_a_search_reports_what_it_found_and_where_to_look(folder, cli, monkeypatch):

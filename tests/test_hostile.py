@@ -94,6 +94,10 @@ def content(name, value):
     return change
 
 
+def half(name):
+    return lambda path: os.truncate(path / name, (path / name).stat().st_size // 2)
+
+
 def header(tensors, data=b"\0" * 64):
     written = json.dumps(tensors).encode()
     return content(WEIGHTS, struct.pack("<Q", len(written)) + written + data)
@@ -162,13 +166,21 @@ AT_ONCE = {
     "a network of the Hub": field("network.name", "timm/hf-hub:somebody/net"),
     "another schema": field("schema", 2),
     "a field missing": without("macs"),
+    "no field for the files": without("files"),
+    "no files": field("files", {}),
     "an unknown field": field("macros", "x"),
     "a word for a number": field("seed", "0"),
     "a truth value for a number": field("seed", True),
     "null for the groups": field("groups", None),
     "a list for the manifest": content(MANIFEST, b"[]"),
     "no text": content(MANIFEST, b"\xff\xfe\0"),
+    "no fields": content(MANIFEST, b"{}"),
     "nothing": content(MANIFEST, b""),
+    "no manifest": lambda path: (path / MANIFEST).unlink(),
+    "no weights": lambda path: (path / WEIGHTS).unlink(),
+    "half a manifest": half(MANIFEST),
+    "half of the weights": half(WEIGHTS),
+    "empty weights": lambda path: os.truncate(path / WEIGHTS, 0),
     "NaN": text('"penalty": 0.001', '"penalty": NaN'),
     "infinity": text('"penalty": 0.001', '"penalty": 1e999'),
     "a negative penalty": field("penalty", -1),
@@ -287,6 +299,22 @@ def test_it_is_refused_before_it_is_a_network(hostile, name):
     assert str(refused.value).isprintable()
     with pytest.raises((DamagedTicket, InputError)):
         ticket.fresh_network(seed=0)
+
+
+def test_what_does_not_fit_the_network_is_named(hostile):
+    ticket = load_ticket(hostile(LATER["a mask for a wider network"]))
+    with pytest.raises(DamagedTicket, match="channel groups"):
+        ticket.network()
+
+
+def test_code_named_by_a_ticket_runs_only_when_trusted(hostile, tmp_path, monkeypatch):
+    (tmp_path / "stranger.py").write_text("raise KeyboardInterrupt('the stranger ran')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    path = hostile(LATER["code of a stranger"])
+    with pytest.raises(InputError, match="trust_code"):
+        load_ticket(path).network()
+    with pytest.raises(KeyboardInterrupt, match="the stranger ran"):
+        load_ticket(path, trust_code=True).network()
 
 
 # What needs trust is not built only to show a ticket of it.
