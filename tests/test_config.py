@@ -75,17 +75,12 @@ def test_the_threshold_is_the_rules_own_unless_given(rule, limit):
 @pytest.mark.parametrize(
     ("make", "field"),
     [
-        (lambda: space(name="two words"), "name"),
         (lambda: space(name=""), "name"),
         (lambda: space(name="_draft"), "name"),
         (lambda: space(name=None), "name"),
-        (lambda: space(network="cifar_vgg"), "network"),
         (lambda: Network(""), "network.name"),
         (lambda: Network("cifar_vgg", [("depth", 9)]), "network.options"),  # type: ignore[arg-type]
-        (lambda: Network("cifar_vgg", {"activation": print}), "network.options"),
         (lambda: Network("cifar_vgg", {"width": float("nan")}), "network.options"),
-        (lambda: Data("imagenet"), "data.source"),  # type: ignore[arg-type]
-        (lambda: Data("cifar10"), "data.path"),
         (lambda: Data("cifar10", "x", image_size=32), "data.image_size"),
         (lambda: Data("cifar10", "x", loading="stream"), "data.loading"),
         (lambda: Data("folder", "x", download=True), "data.download"),
@@ -102,24 +97,13 @@ def test_the_threshold_is_the_rules_own_unless_given(rule, limit):
             lambda: Data("folder", "x", 8, loading="memory", random_resized_crop=True),
             "data.loading",
         ),
-        (lambda: Data("folder"), "data.path"),
-        (lambda: Data("folder", "x", image_size=0), "data.image_size"),
-        (lambda: Data(validation=0), "data.validation"),
         (lambda: Data(test=1), "data.test"),
-        (lambda: Data(validation=0.5, test=0.5), "data.validation"),
-        (lambda: Data(crop_padding=-1), "data.crop_padding"),
         (lambda: Data(flip="no"), "data.flip"),  # type: ignore[arg-type]
         (lambda: Data(limit=9), "data.limit"),
         (lambda: Data(split_seed=-1), "data.split_seed"),
-        (lambda: Data(loading="disk"), "data.loading"),  # type: ignore[arg-type]
-        (lambda: Data("digits", loading="stream"), "data.loading"),
         (lambda: Data("folder", "x", loader_workers=0), "data.loader_workers"),
-        (lambda: StopRule("strict"), "stop_rule.rule"),  # type: ignore[arg-type]
-        (lambda: StopRule(window=1), "stop_rule.window"),
         (lambda: StopRule(threshold=1.0), "stop_rule.threshold"),
-        (lambda: StopRule(checks_per_epoch=0), "stop_rule.checks_per_epoch"),
         (lambda: StopRule(checks_per_epoch=0.5), "stop_rule.checks_per_epoch"),  # type: ignore[arg-type]
-        (lambda: Resources(cpus_per_trial=0), "resources.cpus_per_trial"),
         (lambda: proposals(trajectories=0), "optuna.trajectories"),
         (lambda: proposals(ranges={}), "optuna.ranges"),
         (lambda: proposals(ranges={"penalty": Range(1.0, 1.0)}), "optuna.ranges['penalty']"),
@@ -142,42 +126,24 @@ def test_the_threshold_is_the_rules_own_unless_given(rule, limit):
             ),
             "penalties",
         ),
-        (lambda: Resources(gpus_per_trial=-1), "resources.gpus_per_trial"),
         (lambda: Resources(gpus_per_trial=1.5), "resources.gpus_per_trial"),
-        (lambda: space(training=recipe(epochs=0)), "training.epochs"),
-        (lambda: space(training=recipe(epochs=4)), "training.epochs"),
-        (lambda: space(training=recipe(batch_size=1)), "training.batch_size"),
-        (lambda: space(training=recipe(learning_rate=0)), "training.learning_rate"),
         (lambda: space(training=recipe(learning_rate=float("inf"))), "training.learning_rate"),
-        (lambda: space(training=recipe(momentum=1)), "training.momentum"),
         (lambda: space(training=recipe(weight_decay=-1e-9)), "training.weight_decay"),
         (lambda: space(training=recipe(schedule="step")), "training.schedule"),
-        (lambda: space(training=recipe(schedule="multistep")), "training.milestones"),
-        (lambda: space(training=recipe(milestones=(3,))), "training.milestones"),
         (lambda: space(training=recipe(schedule="multistep", milestones=3)), "training.milestones"),
         (
             lambda: space(training=recipe(schedule="multistep", milestones=(0,))),
             "training.milestones",
         ),
-        (lambda: Proof(budget=0), "proof.budget"),
         (lambda: Proof(budget=float("inf")), "proof.budget"),
         (lambda: Proof(budget="1"), "proof.budget"),  # type: ignore[arg-type]
-        (lambda: Proof(rungs=0), "proof.rungs"),
         (lambda: Proof(rungs=1.5), "proof.rungs"),  # type: ignore[arg-type]
         (lambda: Proof(batch_size=1), "proof.batch_size"),
         (lambda: Proof(learning_rate=0), "proof.learning_rate"),
         (lambda: Proof(momentum=1), "proof.momentum"),
         (lambda: Proof(weight_decay=-1e-9), "proof.weight_decay"),
-        (lambda: space(proof=recipe()), "proof"),
         (lambda: Halving(grace=0), "halving.grace"),
-        (lambda: Halving(reduction=1), "halving.reduction"),
         (lambda: space(training=Training(epochs=9), halving=Halving(grace=10)), "halving.grace"),
-        (lambda: space(halving=True), "halving"),
-        (lambda: space(retraining=recipe()), "retraining"),
-        (
-            lambda: space(retraining=Retraining(epochs=5, weights="ticket")),  # type: ignore[arg-type]
-            "retraining.weights",
-        ),
         (
             lambda: space(retraining=Retraining(epochs=5, batch_size=8, num_workers=9)),
             "retraining.num_workers",
@@ -187,24 +153,14 @@ def test_the_threshold_is_the_rules_own_unless_given(rule, limit):
                 lambda asked=asked: space(retraining=Retraining(epochs=5, num_workers=asked)),
                 "retraining.num_workers",
             )
-            for asked in (0, (), (2,), (1, 2, 3), (0, 2), (3, 2), (1, 65), (1, None), [1, 2], "2")
+            for asked in ((), (2,), (1, 2, 3), (0, 2), (3, 2), (1, 65), (1, None), [1, 2], "2")
         ),
         (lambda: space(penalties=()), "penalties"),
         (lambda: space(penalties=[1e-4]), "penalties"),
-        (lambda: space(penalties=(-1e-4,)), "penalties"),
-        (lambda: space(penalties=(float("inf"),)), "penalties"),
-        (lambda: space(prune_ratios=(True,)), "prune_ratios"),
-        (lambda: space(prune_ratios=("0.5",)), "prune_ratios"),
         (lambda: space(prune_ratios=([0.5],)), "prune_ratios"),
-        (lambda: space(prune_ratios=(0.5, 0.5)), "prune_ratios"),
         (lambda: space(prune_ratios=(0.5, 0.5000001)), "prune_ratios"),
         (lambda: space(seeds=(0.5,)), "seeds"),
         (lambda: space(seeds=(1, 1)), "seeds"),
-        (lambda: space(min_channels=0), "min_channels"),
-        (lambda: space(winners=0), "winners"),
-        (lambda: space(round_to=0), "round_to"),
-        (lambda: space(precision="float16"), "precision"),
-        (lambda: space(channels_last=1), "channels_last"),
     ],
 )
 def test_a_value_that_cannot_be_used_is_refused_by_the_name_of_its_field(make, field):
