@@ -9,177 +9,69 @@ from urllib.parse import parse_qs, urlsplit
 
 import made_up_comparison
 import pytest
+from made_up_sweep import (
+    GIGA,
+    HIGH,
+    LOW,
+    OPENING,
+    SPACE,
+    check,
+    epoch,
+    proof,
+    retrained,
+    ticket,
+    trajectory,
+    write_tickets,
+)
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from raytickets.config import (
-    Data,
-    Network,
-    Retraining,
-    SearchSpace,
-    StopRule,
-    Training,
-)
+from raytickets.config import SearchSpace
 from raytickets.journal import Event
+from raytickets.sweep import select
 from raytickets.tracking import Tracker, prepare_store, tickets_address
 
-SPACE = SearchSpace(
-    name="digits",
-    network=Network("cifar_vgg", {"width": 8}),
-    data=Data(),
-    penalties=(1e-4, 1e-3),
-    prune_ratios=(0.3, 0.5),
-    training=Training(epochs=6),
-    retraining=Retraining(epochs=3, learning_rate=0.05),
-    stop_rule=StopRule(checks_per_epoch=2),
-)
-LOW, HIGH = "penalty0.0001-seed0", "penalty0.001-seed0"
 TICKETS = ("aaaa", "bbbb", "cccc")
 MATRIX = {"epochs": [2.5, 3.0], "ratios": {"0.3": [[0, 0.1], [0.1, 0]]}}
-REASONS = {
-    "diverged": "the loss was nan in epoch 3",
-    "hopeless": "others were more accurate by then",
-}
+NONE_YET: dict[str, float | None] = {"0.3": None, "0.5": None}
 
 
-def check(trajectory: str, check: int, distances: dict[str, float | None]) -> Event:
-    epoch = check / 2
-    return {
-        "event": "check",
-        "trajectory": trajectory,
-        "check": check,
-        "epoch": epoch,
-        "loss": 2 / check,
-        "validation_accuracy": 0.9 - 0.3 / epoch if epoch.is_integer() else None,
-        "distances": distances,
-        "about_to_draw": any(distance and distance <= 0.4 for distance in distances.values()),
-        "train_macs": int(epoch * 3_000_000),
-        "seconds": epoch * 1.5,
-    }
-
-
-def ticket(folder: Path, key: str, penalty: float, ratio: float, check: int) -> Event:
-    path = folder / "tickets" / key
-    path.mkdir(parents=True)
-    (path / "ticket.safetensors").write_bytes(b"weights of " + key.encode())
-    (path / "manifest.json").write_text(json.dumps({"id": key}))
-    return {
-        "event": "ticket",
-        "trajectory": f"penalty{penalty:g}-seed0",
-        "ticket": key,
-        "path": f"tickets/{key}",
-        "method": "early_bird",
-        "penalty": penalty,
-        "prune_ratio": ratio,
-        "learning_rate": 0.1,
-        "seed": 0,
-        "rule": "corrected",
-        "draw_check": check,
-        "draw_epoch": check / 2,
-        "mask_distance": 0.15,
-        "macs": int(1e6 * (1 - ratio) ** 2),
-        "params": int(1e4 * (1 - ratio)),
-        "kept": {
-            "features.0": [int(8 * (1 - ratio)), 8],
-            "features.3": [int(16 * (1 - ratio)), 16],
-        },
-        "proof_accuracy": round(0.9 - ratio / 5, 4),
-        "proof_macs": 2_000_000,
-    }
-
-
-def proof(key: str, rung: int, accuracy: float) -> Event:
-    return {
-        "event": "proof",
-        "ticket": key,
-        "rung": rung,
-        "proof_accuracy": accuracy,
-        "proof_macs": 2_000_000 * 2 ** (rung - 1),
-        "seconds": 1.5,
-    }
-
-
-def ended(trajectory: str, penalty: float, state: str, epochs: float) -> Event:
-    return {
-        "event": "trajectory",
-        "trajectory": trajectory,
-        "method": "early_bird",
-        "penalty": penalty,
-        "seed": 0,
-        "state": state,
-        "reason": REASONS.get(state, ""),
-        "epochs": epochs,
-        "train_macs": epochs * 3_000_000,
-        "seconds": epochs * 1.5,
-        "ratios": {"0.3": "drawn", "0.5": state},
-        "changes": {},
-        "distances_matrix": MATRIX if state == "drawn" else {"epochs": [], "ratios": {}},
-    }
+def ended(key: str, state: str, epochs: float, reason: str = "") -> Event:
+    macs = int(epochs * 10 * GIGA)
+    return trajectory(key, state, macs, {"0.3": "drawn", "0.5": state}, reason)
 
 
 def retraining(run: str, macs: int, test_accuracy: float) -> list[Event]:
-    epochs: list[Event] = [
-        {
-            "event": "epoch",
-            "run": run,
-            "epoch": epoch,
-            "loss": 1 / epoch,
-            "validation_accuracy": 0.8 + epoch / 50,
-            "learning_rate": 0.05 / epoch,
-            "identity": "",
-        }
-        for epoch in (1, 2, 3)
-    ]
-    done: Event = {
-        "event": "retrained",
-        "run": run,
-        "path": None if run == "dense" else f"retrained/{run}",
-        "macs": macs,
-        "params": 5000,
-        "epochs": 3,
-        "validation_accuracy": 0.86,
-        "test_accuracy": test_accuracy,
-        "train_macs": 9 * macs,
-        "seconds": 12.5,
-        "num_workers": 1,
-        "recipe": SPACE.as_dict()["retraining"],
-    }
-    return [*epochs, done]
+    """As by hand, which does not say that the sweep goes on."""
+    epochs = [epoch(run, number) | {"identity": ""} for number in (1, 2, 3)]
+    return [*epochs, retrained(run, macs, 9 * macs, test_accuracy)]
 
 
 def sweep_events(folder: Path) -> list[Event]:
     """Two trajectories, the second of which diverges after its first ticket; two winners."""
-    sweep: Event = {
-        "event": "sweep",
-        "name": folder.name,
-        "space": SPACE.as_dict(),
-        "fingerprint": SPACE.fingerprint,
-        "channels": 24,
-        "dense": {"macs": 1_000_000, "params": 10_000},
-        "data": {"fingerprint": "d1", "train": 1258, "validation": 180, "test": 359},
-        "versions": {"torch": "2.12.0"},
-    }
-    return [
-        sweep,
-        *(check(LOW, number, {"0.3": None, "0.5": None}) for number in range(1, 5)),
-        check(HIGH, 1, {"0.3": None, "0.5": None}),
-        check(LOW, 5, {"0.3": 0.15, "0.5": 0.4}),
-        ticket(folder, "aaaa", 1e-4, 0.3, 5),
-        check(LOW, 6, {"0.3": 0.1, "0.5": 0.15}),
-        ticket(folder, "bbbb", 1e-4, 0.5, 6),
-        ended(LOW, 1e-4, "drawn", 3),
-        *(check(HIGH, number, {"0.3": None, "0.5": None}) for number in (2, 3, 4)),
-        check(HIGH, 5, {"0.3": 0.15, "0.5": 0.9}),
-        ticket(folder, "cccc", 1e-3, 0.3, 5),
-        ended(HIGH, 1e-3, "diverged", 3),
+    events = [
+        OPENING | {"name": folder.name},
+        *(check(LOW, number / 2, NONE_YET) for number in range(1, 5)),
+        check(HIGH, 0.5, NONE_YET),
+        check(LOW, 2.5, {"0.3": 0.15, "0.5": 0.4}),
+        ticket(LOW, "aaaa", 0.3, 1_000_000, 0.84, epoch=2.5),
+        check(LOW, 3.0, {"0.3": 0.1, "0.5": 0.15}),
+        ticket(LOW, "bbbb", 0.5, 500_000, 0.8, epoch=3.0),
+        ended(LOW, "drawn", 3) | {"distances_matrix": MATRIX},
+        *(check(HIGH, number / 2, NONE_YET) for number in (2, 3, 4)),
+        check(HIGH, 2.5, {"0.3": 0.15, "0.5": 0.9}),
+        ticket(HIGH, "cccc", 0.3, 1_000_000, 0.84, epoch=2.5),
+        ended(HIGH, "diverged", 3, "the loss was nan in epoch 3"),
         proof("bbbb", 2, 0.79),
         proof("aaaa", 2, 0.92),
         {"event": "winners", "tickets": ["aaaa", "bbbb"]},
-        *retraining("aaaa", 490_000, 0.95),
-        *retraining("bbbb", 250_000, 0.93),
-        *retraining("dense", 1_000_000, 0.96),
+        *retraining("aaaa", 1_000_000, 0.95),
+        *retraining("bbbb", 500_000, 0.93),
+        *retraining("dense", 2_000_000, 0.96),
         {"event": "end", "state": "done", "reason": ""},
     ]
+    write_tickets(folder, select(events, "ticket"))
+    return events
 
 
 def track(uri: str, folder: Path, events: list[Event]) -> str | None:
@@ -277,13 +169,13 @@ def test_params(tracked: Any):
     _, _, runs = tracked
     sweep = runs["sweep"].data.params
     assert sweep["penalties"] == "[0.0001, 0.001]"
-    assert sweep["training.epochs"] == "6"
-    assert sweep["network.options.width"] == "8"
+    assert sweep["training.epochs"] == "20"
+    assert sweep["network.options.width"] == "0.125"
     assert sweep["fingerprint"] == SPACE.fingerprint
-    assert sweep["images.train"] == "1258"
+    assert sweep["images.train"] == "1200"
     assert sweep["data.validation"] == "0.1"
-    assert sweep["dense.macs"] == "1000000"
-    assert sweep["versions.torch"] == "2.12.0"
+    assert sweep["dense.macs"] == "2000000"
+    assert sweep["versions.raytickets"] == "0.1.0"
     assert runs[LOW].data.params == {
         "method": "early_bird",
         "penalty": "0.0001",
@@ -310,17 +202,17 @@ def test_every_run_says_how_to_get_it_again(tracked: Any, client: MlflowClient):
         assert SearchSpace.from_dict(json.loads(Path(path).read_text())) == SPACE, key
         if key != "sweep":  # There they are params.
             assert run.data.tags["raytickets.fingerprint"] == SPACE.fingerprint
-            assert json.loads(run.data.tags["raytickets.versions"]) == {"torch": "2.12.0"}
+            assert json.loads(run.data.tags["raytickets.versions"]) == OPENING["versions"]
             assert run.data.params["seed"] == "0"
 
 
 def test_a_trajectorys_steps_are_its_checks(tracked: Any, client: MlflowClient):
     _, _, runs = tracked
     low = runs[LOW]
-    assert history(client, low, "loss") == [(number, 2 / number) for number in range(1, 7)]
+    assert history(client, low, "loss") == [(number, 4 / number) for number in range(1, 7)]
     assert history(client, low, "epoch") == [(number, number / 2) for number in range(1, 7)]
     assert history(client, low, "mask_distance_0.5") == [(5, 0.4), (6, 0.15)]
-    assert history(client, low, "train_macs")[-1] == (6, 9_000_000)
+    assert history(client, low, "train_macs")[-1] == (6, 30 * GIGA)
     assert low.data.metrics["epochs"] == 3
     # Validation is at the end of an epoch, which is every second check.
     assert [step for step, _ in history(client, low, "validation_accuracy")] == [2, 4, 6]
@@ -331,17 +223,17 @@ def test_a_tickets_proofs_are_steps_by_rung_and_the_last_one_is_shown(
 ):
     _, _, runs = tracked
     assert history(client, runs["bbbb"], "proof_accuracy") == [(1, 0.8), (2, 0.79)]
-    assert history(client, runs["bbbb"], "proof_macs") == [(1, 2e6), (2, 4e6)]
+    assert history(client, runs["bbbb"], "proof_macs") == [(1, 20 * GIGA), (2, 40 * GIGA)]
     assert runs["bbbb"].data.metrics["proof_accuracy"] == 0.79
     assert history(client, runs["cccc"], "proof_accuracy") == [(1, 0.84)]
 
 
 def test_a_tickets_figures_and_those_of_its_retraining(tracked: Any, client: MlflowClient):
     _, _, runs = tracked
-    ticket = runs["bbbb"].data.metrics
-    expected = {"macs": 250_000, "params": 5000, "draw_epoch": 3, "mask_distance": 0.15}
-    expected |= {"test_accuracy": 0.93, "train_macs": 2.25e6}
-    assert {key: ticket[key] for key in expected} == expected
+    found = runs["bbbb"].data.metrics
+    expected = {"macs": 500_000, "params": 50_000, "draw_epoch": 3, "mask_distance": 0.125}
+    expected |= {"test_accuracy": 0.93, "train_macs": 4.5e6}
+    assert {key: found[key] for key in expected} == expected
     assert [step for step, _ in history(client, runs["bbbb"], "validation_accuracy")] == [1, 2, 3]
     assert "test_accuracy" not in runs["cccc"].data.metrics
     assert runs["dense"].data.metrics["test_accuracy"] == 0.96
@@ -408,7 +300,7 @@ def test_a_sweep_goes_on_where_its_driver_died(uri: str, client: MlflowClient, t
         key: run.info.run_id for key, run in first.items()
     }
     assert (third["sweep"].info.status, third[LOW].info.status) == ("FINISHED", "FINISHED")
-    assert history(client, third[LOW], "loss") == [(e, 2 / e) for e in range(1, 7)]
+    assert history(client, third[LOW], "loss") == [(e, 4 / e) for e in range(1, 7)]
 
 
 def test_a_sweep_that_was_cut_off_between_proofs_goes_on(
@@ -428,7 +320,10 @@ def test_a_sweep_that_was_cut_off_between_proofs_goes_on(
 def test_a_trajectory_that_halving_ends_is_no_failure(
     uri: str, client: MlflowClient, tmp_path: Path
 ):
-    events = [*sweep_events(tmp_path)[:6], ended(HIGH, 1e-3, "hopeless", 0.5)]
+    events = [
+        *sweep_events(tmp_path)[:6],
+        ended(HIGH, "hopeless", 0.5, "others were more accurate by then"),
+    ]
     assert track(uri, tmp_path, events) is None
     run = runs_of(client, tmp_path)[HIGH]
     assert run.info.status == "FINISHED"
@@ -488,7 +383,7 @@ def test_events_wait_for_a_store_that_comes_back(
 def test_a_ticket_retrained_after_the_end_shows_its_latest_figures(
     uri: str, client: MlflowClient, tmp_path: Path
 ):
-    events = [*sweep_events(tmp_path), *retraining("aaaa", 490_000, 0.91)]
+    events = [*sweep_events(tmp_path), *retraining("aaaa", 1_000_000, 0.91)]
     assert track(uri, tmp_path, events) is None
     runs = runs_of(client, tmp_path)
     assert runs["sweep"].info.status == runs["aaaa"].info.status == "FINISHED"
@@ -499,13 +394,13 @@ def test_a_trajectory_that_is_run_again_doubles_nothing(
     uri: str, client: MlflowClient, tmp_path: Path
 ):
     events = sweep_events(tmp_path)
-    failed = ended(HIGH, 1e-3, "failed", 0)
+    failed = ended(HIGH, "failed", 0)
     again = [event for event in events if event.get("trajectory") == HIGH]
     end: Event = {"event": "end", "state": "done", "reason": ""}
     assert track(uri, tmp_path, [events[0], failed, *again, *again, end]) is None
     runs = runs_of(client, tmp_path)
     assert set(runs) == {"sweep", HIGH, "cccc"}
-    assert history(client, runs[HIGH], "loss") == [(e, 2 / e) for e in range(1, 6)]
+    assert history(client, runs[HIGH], "loss") == [(e, 4 / e) for e in range(1, 6)]
     assert len(history(client, runs["cccc"], "proof_accuracy")) == 1
     assert runs[HIGH].data.metrics["epochs"] == 3
     assert len(table(client, runs["sweep"])) == 1
