@@ -21,7 +21,6 @@ from raytickets import driver, load_ticket, search, tracking
 from raytickets.config import (
     Data,
     Halving,
-    InputError,
     Network,
     Optuna,
     Proof,
@@ -407,27 +406,6 @@ def test_one_ticket_can_be_retrained_again(sweep, store, tmp_path, monkeypatch):
     assert tracking.recorded_uri(sweep.path) == store
     assert (done["run"], done["epochs"]) == (ticket, 1)
     assert load_ticket(sweep.path / done["path"]).manifest["retrained"]["from"] == ticket
-
-
-@pytest.mark.parametrize(
-    ("resources", "field"),
-    [
-        (Resources(cpus_per_trial=512), r"resources\.cpus_per_trial: 512"),
-        (Resources(gpus_per_trial=1), r"resources\.gpus_per_trial: 1 "),
-    ],
-)
-@pytest.mark.usefixtures("ray_instance")
-def test_more_than_the_cluster_has_is_refused(place, store, resources, field):
-    space = dataclasses.replace(SPACE, resources=resources)
-    with pytest.raises(InputError, match=field):
-        search(space, name="greedy", storage=place, tracking_uri=store)
-
-
-@pytest.mark.usefixtures("ray_instance")
-def test_more_workers_than_the_cluster_has_room_for(place, store):
-    space = dataclasses.replace(SPACE, retraining=Retraining(epochs=2, num_workers=32))
-    with pytest.raises(InputError, match=r"retraining\.num_workers: 32"):
-        search(space, name="crowded", storage=place, tracking_uri=store)
 
 
 def test_a_store_that_is_refused_is_to_cost_a_cluster_nothing(tmp_path, monkeypatch):

@@ -1,7 +1,6 @@
 import contextlib
 import dataclasses
 import os
-import socket
 import stat
 import subprocess
 import sys
@@ -192,9 +191,8 @@ def test_machines_that_were_given_notice_have_no_room(room, monkeypatch):
     assert room.Waiting({"CPU": 4.0}, 0.0, noticed=True).look() == 1
 
 
-@pytest.mark.parametrize("given", ["soon", "-1", "inf", "nan"])
-def test_a_deadline_that_is_none(room, monkeypatch, given):
-    monkeypatch.setenv("RAYTICKETS_DEADLINE_S", given)
+def test_a_deadline_that_is_none(room, monkeypatch):
+    monkeypatch.setenv("RAYTICKETS_DEADLINE_S", "soon")
     with pytest.raises(InputError, match="RAYTICKETS_DEADLINE_S"), room.connected(space()):
         pass
 
@@ -218,21 +216,13 @@ def outside(room, monkeypatch):
     return stands
 
 
-@pytest.mark.parametrize(
-    ("address", "said"),
-    [
-        ("127.0.0.1:{port}", "no Ray cluster answers"),
-        ("127.0.0.1:none", "no Ray cluster answers"),
-        ("ray://127.0.0.1:10001", "must be auto or host:port"),
-    ],
-)
-def test_an_address_where_no_ray_is(room, outside, monkeypatch, address, said):  # noqa: ARG001
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        address = address.format(port=listener.getsockname()[1])
-    with pytest.raises(InputError, match=f"^address: .* {said}"), room.connected(space(), address):
+@pytest.mark.usefixtures("outside")
+def test_an_address_where_no_ray_is(room, monkeypatch):
+    nowhere = "127.0.0.1:none"
+    with pytest.raises(InputError, match=r"^address: .* no Ray"), room.connected(space(), nowhere):
         pass
-    monkeypatch.setenv("RAY_ADDRESS", address)
-    with pytest.raises(InputError, match=f"^RAY_ADDRESS: .* {said}"), room.connected(space()):
+    monkeypatch.setenv("RAY_ADDRESS", nowhere)
+    with pytest.raises(InputError, match=r"^RAY_ADDRESS: .* no Ray"), room.connected(space()):
         pass
 
 
