@@ -41,6 +41,25 @@ def oddly_named(num_classes, in_channels, **options):
 def narrow(num_classes, in_channels):
     return nn.Sequential(nn.BatchNorm2d(in_channels), nn.Flatten(), nn.Linear(12, num_classes))
 """
+FRAGILE = """
+import torch
+from raytickets.models import cifar_vgg
+
+class Fragile(torch.nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, images):
+        if self.training and self.inner.head.weight.abs().max() > 0.6:
+            raise RuntimeError('the wheels came off')
+        return self.inner(images)
+
+def network(num_classes, in_channels):
+    vgg = cifar_vgg(num_classes=num_classes, in_channels=in_channels, depth=9, width=0.125)
+    return Fragile(vgg)
+"""
+"""It breaks once it is trained in earnest."""
 
 
 def source(**fields):

@@ -7,11 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 from made_up_comparison import COMPARED, OPENING, ended, finished, ticket, ticket_id
+from made_up_space import FRAGILE
 from made_up_sweep import write
 
 from raytickets import compare, load_ticket
 from raytickets.comparison import claims, runs
-from raytickets.config import Comparison, Data, InputError, Network, Retraining, SearchSpace
+from raytickets.config import Comparison, Data, Network, Retraining, SearchSpace
 from raytickets.config import Training as Recipe
 from raytickets.contest import _Contest, _left
 from raytickets.driver import SweepFailed
@@ -219,21 +220,7 @@ def test_what_fails_is_named_and_done_when_the_comparison_goes_on(place, store):
 @pytest.mark.usefixtures("ray_instance")
 def test_a_source_that_fails_is_named_and_the_others_finish(place, store, tmp_path):
     """The network breaks once it is trained in earnest; a dense ticket needs no training."""
-    (tmp_path / "fragile.py").write_text(
-        "from raytickets.models import cifar_vgg\n"
-        "import torch\n"
-        "class Fragile(torch.nn.Module):\n"
-        "    def __init__(self, inner):\n"
-        "        super().__init__()\n"
-        "        self.inner = inner\n"
-        "    def forward(self, images):\n"
-        "        if self.training and self.inner.head.weight.abs().max() > 0.6:\n"
-        "            raise RuntimeError('the wheels came off')\n"
-        "        return self.inner(images)\n"
-        "def network(num_classes, in_channels):\n"
-        "    return Fragile(cifar_vgg(num_classes=num_classes, in_channels=in_channels,"
-        " depth=9, width=0.125))\n"
-    )
+    (tmp_path / "fragile.py").write_text(FRAGILE)
     asked = dataclasses.replace(SPACE.comparison, methods=("dense", "early_bird"), seeds=(0,))
     space = dataclasses.replace(
         SPACE, comparison=asked, network=Network(f"{tmp_path}/fragile.py:network")
@@ -244,11 +231,3 @@ def test_a_source_that_fails_is_named_and_the_others_finish(place, store, tmp_pa
     report = Sweep(place / "fragile").report()
     assert report["state"] == "failed"
     assert [run["method"] for run in report["runs"]] == ["dense"]
-
-
-def test_names_of_sweeps_and_comparisons_are_not_mixed_up(place, store):
-    write(place / "mine", [OPENING | {"event": "sweep"}])
-    with pytest.raises(
-        InputError, match=r"name: 'mine' .* it is a sweep's, and this is a comparis"
-    ):
-        compare(SPACE, name="mine", storage=place, tracking_uri=store)

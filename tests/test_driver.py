@@ -15,6 +15,7 @@ import made_up_sweep
 import optuna
 import pytest
 import torch
+from made_up_space import FRAGILE
 from mlflow import MlflowClient
 
 from raytickets import driver, load_ticket, search, tracking
@@ -357,21 +358,7 @@ def test_halving_ends_trajectories_that_optuna_proposed(place, store):
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_instance")
 def test_a_trajectory_that_fails_is_named_and_the_others_finish(place, store, tmp_path):
-    (tmp_path / "fragile.py").write_text(
-        "from raytickets.models import cifar_vgg\n"
-        "import torch\n"
-        "class Fragile(torch.nn.Module):\n"
-        "    def __init__(self, inner):\n"
-        "        super().__init__()\n"
-        "        self.inner = inner\n"
-        "    def forward(self, images):\n"
-        "        if self.training and self.inner.head.weight.abs().max() > 0.6:\n"
-        "            raise RuntimeError('the wheels came off')\n"
-        "        return self.inner(images)\n"
-        "def network(num_classes, in_channels):\n"
-        "    return Fragile(cifar_vgg(num_classes=num_classes, in_channels=in_channels,"
-        " depth=9, width=0.125))\n"
-    )
+    (tmp_path / "fragile.py").write_text(FRAGILE)
     network = Network(f"{tmp_path}/fragile.py:network")
     space = dataclasses.replace(SPACE, name="fragile", network=network, penalties=(1e-3,))
     with pytest.raises(SweepFailed, match=r"penalty0\.001-seed0.*the wheels came off"):
