@@ -38,6 +38,17 @@ def ray_instance():
     ray.shutdown()
 
 
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """The folder of all sweeps of a module's tests."""
+    return tmp_path_factory.mktemp("place")
+
+
+@pytest.fixture(scope="module")
+def store(place):
+    return f"sqlite:///{place}/mlflow.db"
+
+
 @pytest.fixture
 def image_folder(tmp_path):
     """Writes an ImageFolder of noise: `image_folder({"train/cat": 3, ...})` gives its path."""

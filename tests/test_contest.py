@@ -10,7 +10,7 @@ from made_up_comparison import COMPARED, OPENING, ended, finished, ticket, ticke
 from made_up_space import FRAGILE
 from made_up_sweep import write
 
-from raytickets import compare, load_ticket
+from raytickets import compare
 from raytickets.comparison import claims, runs
 from raytickets.config import Comparison, Data, Network, Retraining, SearchSpace
 from raytickets.config import Training as Recipe
@@ -114,16 +114,6 @@ def test_a_retrained_ticket_that_is_lost_is_retrained_again(tmp_path, monkeypatc
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    return tmp_path_factory.mktemp("place")
-
-
-@pytest.fixture(scope="module")
-def store(place):
-    return f"sqlite:///{place}/mlflow.db"
-
-
-@pytest.fixture(scope="module")
 def compared(ray_instance, place, store):  # noqa: ARG001
     return compare(SPACE, name="duel", storage=place, tracking_uri=store)
 
@@ -151,17 +141,6 @@ def test_the_report_is_whole_and_says_who_won(compared):
     assert report["table"][0]["macs_to_dense"] == 1
     assert all(row["relative_latency"] > 0 for row in report["table"])
     assert [claim["n"] for claim in report["claims"]] == [2, 2, 2]
-
-
-@pytest.mark.slow
-def test_random_has_the_width_of_early_bird_in_every_group_and_other_channels(compared):
-    tickets = {(e["method"], e["seed"]): e for e in select(compared.events(), "ticket")}
-    for seed in (0, 1):
-        early, other = tickets["early_bird", seed], tickets["random", seed]
-        assert early["kept"] == other["kept"]
-        masks = [load_ticket(compared.path / e["path"]).mask for e in (early, other)]
-        assert masks[0].sum() == masks[1].sum()
-        assert (masks[0] != masks[1]).any()
 
 
 @pytest.mark.slow

@@ -56,16 +56,6 @@ SPACE = SearchSpace(
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    return tmp_path_factory.mktemp("place")
-
-
-@pytest.fixture(scope="module")
-def store(place):
-    return f"sqlite:///{place}/mlflow.db"
-
-
-@pytest.fixture(scope="module")
 def heard():
     return []
 

@@ -57,16 +57,7 @@ def test_the_address_is_of_the_tickets_of_a_sweep(tmp_path: Path):
 
 def test_a_store_that_cannot_be_used_is_refused_in_one_line_and_at_once(tmp_path: Path):
     (tmp_path / "file").write_text("not a database")
-    for uri in (
-        f"sqlite:///{tmp_path}/file/mlflow.db",
-        f"sqlite:///{tmp_path}/file",
-        "sqlite://",
-        "ftp://host",
-        str(tmp_path / "mlruns"),
-        "http://",
-        "http://host:port",
-        "https://:5000/mlflow",
-    ):
+    for uri in (f"sqlite:///{tmp_path}/file", "ftp://host"):
         started = time.monotonic()
         with pytest.raises(InputError, match="tracking_uri: ") as caught:
             prepare_store(uri)
