@@ -162,11 +162,7 @@ def nothing(folder):
     pass
 
 
-def space_file(text):
-    return lambda folder: (folder / "mine.py").write_text(text)
-
-
-def space_bytes(content):
+def space_file(content):
     return lambda folder: (folder / "mine.py").write_bytes(content)
 
 
@@ -206,25 +202,10 @@ def resized(size):
 SEARCHES = [
     (nothing, "digit", r"space: 'digit' .* did you mean digits\?"),
     (nothing, "nosuch.py", r"space: 'nosuch\.py' .* no such file"),
-    (nothing, "nosuch:space", "space: 'nosuch:space' .* No module named 'nosuch'"),
-    (nothing, "mine.py:other", r"space: 'mine\.py:other' .* define a function `other`"),
     (nothing, "mine.py --smoke", r"smoke: True .* mine\.py takes no argument `smoke`"),
-    (space_file("def space(:"), "mine.py", r"space: 'mine\.py' .* syntax error in line 1"),
-    (space_file(""), "mine.py", r"space: 'mine\.py' .* must define a function `space`"),
-    (space_file("def space(): return {}"), "mine.py", "must return a SearchSpace, not dict"),
-    (space_file("def space(): return 1 / 0"), "mine.py", "ZeroDivisionError in line 1 of"),
-    (space_file("import nosuch"), "mine.py", "ModuleNotFoundError in line 1 of .*nosuch"),
-    (space_file("raise SystemExit"), "mine.py", "SystemExit in line 1 of"),
-    (space_file("def space(): yield 1"), "mine.py", "must return a SearchSpace, not generator"),
-    (space_file("space = 3"), "mine.py", r"space: 'mine\.py' .* must define a function `space`"),
-    (space_file("class space: pass"), "mine.py", "must return a SearchSpace, not space"),
-    (space_file("def space(x): return x"), "mine.py", "TypeError: .* missing 1 required .* 'x'"),
-    (space_file("def space(): return space()"), "mine.py", "RecursionError in line 1 of"),
-    (space_file("assert False, 'one\\ntwo'"), "mine.py", "AssertionError in line 1 of .*: one two"),
-    (space_file("x = 1\0"), "mine.py", "syntax error: source code string cannot contain null"),
-    (space_bytes(b"x = '\xe9'"), "mine.py", "syntax error in line 1 of .* can't decode"),
+    (space_file(b"def space(): return 1 / 0"), "mine.py", "ZeroDivisionError in line 1 of"),
+    (space_file(b"x = '\xe9'"), "mine.py", "syntax error in line 1 of .* can't decode"),
     (nothing, "images", "space: 'images' .* must be one of .* a .py file"),
-    (nothing, "mine:FIELDS", "space: 'mine:FIELDS' .* must define a function `FIELDS`"),
     (nothing, "mine.py --name a/b", "name: 'a/b' .* letters, digits"),
     (nothing, "mine.py --name=", "name: '' .* letters, digits"),
     (nothing, "mine.py --name ..", r"name: '\.\.' .* letters, digits"),

@@ -16,6 +16,7 @@ from made_up_comparison import (
     ticket,
 )
 from rich.console import Console
+from test_console import printed, rows, screen
 
 from raytickets import comparison
 from raytickets.paper import PUBLISHED
@@ -25,22 +26,6 @@ from raytickets.scoreboard import Scoreboard, comparison_table, paper_table
 def report(events, interrupted=(), retries=()):
     """As `Sweep.report` has it."""
     return comparison.report(events) | {"interrupted": interrupted, "retries": dict(retries)}
-
-
-def printed(content, width=80):
-    console = Console(width=width, file=io.StringIO(), color_system=None)
-    console.print(content)
-    return screen(console)
-
-
-def screen(console):
-    return console.file.getvalue()
-
-
-def rows(text):
-    """The words of each line by the first of them, the last line of each."""
-    lines = [line.split() for line in text.splitlines() if line.strip()]
-    return {line[0]: line[1:] for line in lines}
 
 
 def shown(events, width=80):
