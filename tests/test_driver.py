@@ -22,6 +22,7 @@ from raytickets import driver, load_ticket, search, tracking
 from raytickets.config import (
     Data,
     Halving,
+    InputError,
     Network,
     Optuna,
     Proof,
