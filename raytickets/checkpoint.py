@@ -72,7 +72,7 @@ def save(
     others = storage.names(folder)
     older = [other for other in _newest_first(others) if _number(other) < number]
     for other in set(others) - {name, *older[: keep - 1]}:
-        if not _is_being_written(folder / other):
+        if keep == 1 or not _is_being_written(folder / other):
             storage.remove(folder / other)
 
 

@@ -401,8 +401,9 @@ def _ticket(given: str) -> Path:
     found: list[Path] = []
     if re.fullmatch(r"[0-9a-f]{16}", given):
         root = place(STORAGE)
-        folders = [root / name / kind for name in names(root) for kind in ("tickets", "retrained")]
-        found = [folder / given for folder in folders if given in names(folder)]
+        for folder in [root / n / kind for n in names(root) for kind in ("tickets", "retrained")]:
+            with contextlib.suppress(PermissionError):  # of a sweep that is another's
+                found += [folder / given] if given in names(folder) else []
     if not found:
         raise InputError("ticket", given, f"must be a ticket's folder, or an id under {STORAGE}")
     if len(found) > 1:

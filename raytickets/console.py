@@ -69,6 +69,9 @@ class Display:
             self._retraining[event["run"]] = self._retraining.get(event["run"], {}) | event
         elif kind == "retry":
             self._retries[event.get("trajectory") or event["run"]] = event
+            if event.get("anew"):
+                gone = event.get("trajectory")
+                self._drawn = {key: e for key, e in self._drawn.items() if key[0] != gone}
 
     def _line(self, event: Event) -> str | None:
         """What to print of this event, if anything."""

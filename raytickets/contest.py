@@ -27,7 +27,8 @@ def run_contest(
     """Run every source that has not ended and retrain every ticket that is not.
 
     One whose worker is lost runs again. A source that fails is told of and leaves the rest alone.
-    Raises RuntimeError once all is done if a retraining failed or something was left undone.
+    Raises RuntimeError once all is done if a retraining failed or something was left undone, and at
+    once if what was found cannot be kept.
     """
     work = _Contest(space, sweep, tell)
     if not work.ready:

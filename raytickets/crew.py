@@ -238,7 +238,7 @@ class _Crew:
         if job is None:
             return
         if kind == "storage":  # Nothing is told: what goes on does so from the last checkpoint.
-            raise OSError(reason)
+            raise OSError(reason.partition(": ")[2])
         key = job.kind, job.id
         self._attempts[key] += 1
         self._counted[key] += kind != "taken"

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import signal
+import stat
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -100,7 +101,7 @@ def compare(
 
     What the arguments are, and what is raised, is as for `search`; the report of what comes back is
     that of `raytickets.comparison`. A source of tickets that fails, or a retraining, leaves the
-    rest alone: SweepFailed comes at the end and names it.
+    rest alone: SweepFailed comes at the end and names it. What cannot be kept ends all.
     """
     with opened(space, name=name, storage=storage, kind="comparison", new=new) as plan:
         return run(plan, tracking_uri, observer, address=address)
@@ -185,7 +186,7 @@ def retrain_ticket(
     space = space.with_retraining(**recipe)
     dataset = load_data(space.data)
     if dataset.fingerprint != sweep.opening()["data"]["fingerprint"]:
-        allowed = "its images are not those that the sweep began with"
+        allowed = "its images, or data.loading, are not those that the sweep began with"
         raise InputError("data.path", space.data.path, allowed)
     with (
         hold(sweep.path) as lease,
@@ -227,10 +228,12 @@ def interruptible(line: str) -> Iterator[None]:
     """
     interrupted, ended = threading.Event(), threading.Event()
 
-    def interrupt(*_: object) -> None:
+    def interrupt(number: int, _: object) -> None:
         # A second one is not to cut off what the first one made begin to end.
-        for number in before:
-            signal.signal(number, signal.SIG_IGN)
+        for other in numbers:
+            signal.signal(other, signal.SIG_IGN)
+        if number == signal.SIGHUP:
+            _leave_terminal()
         interrupted.set()
         timer = threading.Timer(LAST_S, end)
         timer.daemon = True
@@ -255,6 +258,15 @@ def interruptible(line: str) -> Iterator[None]:
         if not interrupted.is_set():
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _leave_terminal() -> None:
+    """Whatever writes to a terminal that is gone raises an OSError."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        with contextlib.suppress(OSError):  # It may be closed.
+            if stat.S_ISCHR(os.fstat(stream).st_mode):
+                os.dup2(nowhere, stream)
 
 
 def _failure(reason: str, cause: Exception | None) -> str:
@@ -294,7 +306,7 @@ def _running(
     with ThreadPoolExecutor(1) as pool:
         # MLflow takes seconds to import, and Ray as long to start.
         tracker = pool.submit(_open_tracker, folder, tracking_uri, recorded)
-        if ray_address(address)[1] != "local":
+        if not ray.is_initialized() and ray_address(address)[1] != "local":
             tracker.result()  # A store that is refused is to cost no machine.
         on_term = signal.getsignal(signal.SIGTERM)
         with contextlib.ExitStack() as stack:

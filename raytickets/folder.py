@@ -235,12 +235,13 @@ def _list_classes(folder: Path, classes: tuple[str, ...] | None) -> dict[str, li
     except OSError as error:
         _refuse(error)
     for child in children:
-        files = [
-            f"{place}/{name}"
-            for place, _, names in os.walk(child, onerror=_refuse, followlinks=True)
-            for name in names
-            if name.lower().endswith(SUFFIXES)
-        ]
+        files = []
+        for place, folders, names in os.walk(child, onerror=_refuse, followlinks=True):
+            here = Path(place).resolve()
+            for link in (Path(place, name) for name in folders):
+                if here.is_relative_to(link.resolve()):
+                    raise InputError("data.path", str(link), "must not lead back to where it is")
+            files += [f"{place}/{name}" for name in names if name.lower().endswith(SUFFIXES)]
         if not files:
             raise InputError("data.path", str(child), "this class folder holds no image")
         found[child.name] = sorted(files)

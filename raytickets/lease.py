@@ -87,7 +87,9 @@ def hold(folder: Path) -> Iterator[Lease]:
         def confirm() -> None:
             # A client that is cut off from NFS loses its lock, and hears nothing of it.
             path = folder / FILE
-            if not path.exists() or _parsed(path.read_text(encoding="utf-8")) != lease:
+            if not path.exists():
+                raise Lost(folder.name, "its folder is gone")
+            if _parsed(path.read_text(encoding="utf-8")) != lease:
                 raise Lost(folder.name, "another process has taken it")
 
         yield dataclasses.replace(lease, confirm=confirm)

@@ -284,7 +284,7 @@ def _train(
         yield list(told)
         learner.load(found)
         meter.go_on(found.state["seconds"], *found.state["joules"])
-    elif found:
+    elif found and not before:  # What begins a source anew does so for all of its rounds.
         retry = {"event": "retry", "trajectory": trajectory.id, "attempt": 1}
         yield [retry | {"reason": CHANGED, "anew": True}]
 

@@ -336,7 +336,8 @@ def _timm(name: str) -> Callable[..., nn.Module]:
         built = timm.create_model(
             wanted, pretrained=False, checkpoint_path=None, **shape, **options
         )
-        # timm begins with gammas of 0 at the ends of residual branches: a mask would be of that.
+        # timm begins with gammas of 0 at the ends of residual branches, also where an option asks
+        # for them: a mask would be of that.
         for module in built.modules():
             if isinstance(module, nn.BatchNorm2d) and module.affine:
                 nn.init.ones_(module.weight)

@@ -100,12 +100,12 @@ def retrain(
     retraining had ended is only told again. Where workers are lost, the group is started again: a
     `retry` event says why. A network is given up if that happens `RETRIES` times more without an
     epoch in between and without notice, at once if the input is to blame or the loss is no number;
-    what Ray Train raised is raised once the others are retrained. Raises NoRoom if for
+    RuntimeError names all such and why, once the others are retrained. Raises NoRoom if for
     `RAYTICKETS_DEADLINE_S` seconds there was no room for the least number of workers, which is one
     where the space names none; what `on_event` raises.
     """
     told = _Told(on_event)
-    failed, given_up = 0, []
+    failed, given_up = 0, {}
     while left := [job for job in jobs if job.run not in told.ended]:
         before = len(told.epochs)
         ours = space.retraining.num_workers is None and isinstance(num_workers, int)
@@ -125,7 +125,7 @@ def retrain(
                 raise
             if failed > RETRIES or _bound_to_fail(error):
                 told.ended.add(left[0].run)
-                given_up.append(error)
+                given_up[left[0].run] = error
                 failed = 0
                 continue
             told.hear({"event": "retry", "run": left[0].run, "reason": _reason(error)})
@@ -133,7 +133,8 @@ def retrain(
             # A lost machine may not come back, and Ray hears of its loss late.
             num_workers = (1, num_workers)
     if given_up:
-        raise given_up[0]
+        reasons = [f"{run}: {_reason(error)}" for run, error in given_up.items()]
+        raise RuntimeError("; ".join(reasons)) from next(iter(given_up.values()))
 
 
 class _Told:

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import re
 import subprocess
 import time
 from collections.abc import Collection, Iterator, Mapping
@@ -131,6 +132,10 @@ def _loopback() -> Iterator[None]:
         ray_constants.ENABLE_RAY_CLUSTER = kept
 
 
+_AGENT = re.compile(rb"^ray::\w*Agent|/agent(/main)?\.py")
+"""A command line: an agent's title, or until it has set one its script."""
+
+
 @contextlib.contextmanager
 def _agents_end_with_us() -> Iterator[None]:
     """However this process ends: if it is killed, Ray's agents would take another minute."""
@@ -139,10 +144,10 @@ def _agents_end_with_us() -> Iterator[None]:
     raylet = node.all_processes[ray_constants.PROCESS_TYPE_RAYLET][0].process
     children: list[str] = []
     for thread in Path(f"/proc/{raylet.pid}/task").glob("*/children"):
-        with contextlib.suppress(OSError):  # It may have ended.
-            for pid in thread.read_text().split():
+        for pid in thread.read_text().split():
+            with contextlib.suppress(OSError):  # It may have ended.
                 # Workers end long before, and their numbers are used again.
-                if b"agent" in Path(f"/proc/{pid}/cmdline").read_bytes().lower():
+                if _AGENT.search(Path(f"/proc/{pid}/cmdline").read_bytes()):
                     children.append(pid)
     script = ["sh", "-c", 'read _; kill -KILL "$@"', "sh", *children]
     # Its input ends when this process does.

@@ -260,7 +260,7 @@ def check_prunable(network: nn.Module, groups: Sequence[ChannelGroup], example: 
             trained = small.train()(images[:1].repeat(2, 1, 1, 1))
         except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise UnsupportedNetwork(f"it fails once shrunk: {reason}") from error
+            raise UnsupportedNetwork(f"it fails in training or once shrunk: {reason}") from error
         mask_network(masked, groups, mask)
         expected = masked(images)
     if not isinstance(trained, Tensor) or trained.shape[1:] != shrunk.shape[1:]:

@@ -218,7 +218,7 @@ def standing(events: Sequence[Event]) -> str:
     failed = [name for name, state in states.items() if state == "failed" and name not in begun]
     counts = {
         "trajectories ended": len(states.keys() - begun.keys() - {*failed}),
-        "tickets": len({event["ticket"] for event in select(events, "ticket")}),
+        "tickets": len({event["ticket"] for event in drawn(events)}),
         "networks retrained": len({event["run"] for event in select(events, "retrained")}),
     }
     line = "found here: " + ", ".join(f"{count} {what}" for what, count in counts.items())

@@ -222,7 +222,8 @@ def save_ticket(folder: Path, network: nn.Module, manifest: Mapping[str, Any]) -
             name: tensor.clone(memory_format=torch.contiguous_format)
             for name, tensor in network.state_dict().items()
         }
-        safetensors.torch.save_file(weights, scratch / WEIGHTS)
+        # Its own writing to a file raises no OSError where the disk is full.
+        (scratch / WEIGHTS).write_bytes(safetensors.torch.save(weights))
         complete = {
             "schema": SCHEMA,
             **manifest,

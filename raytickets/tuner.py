@@ -33,8 +33,8 @@ def run_search(
     """Run every trajectory and proof that has not ended yet.
 
     One whose worker is lost runs again, and goes on from its checkpoint. A trajectory that fails
-    is told of and leaves the rest alone. Raises RuntimeError if a proof fails, or if something is
-    left undone, and InputError if the study cannot be opened.
+    is told of and leaves the rest alone. Raises RuntimeError if a proof fails, if something is left
+    undone or what was found cannot be kept, and InputError if the study cannot be opened.
     """
     work = (_Proposed if space.optuna else _Search)(space, sweep, tell)
     if not work.ready:
@@ -45,7 +45,8 @@ def run_search(
     try:
         run_crew("search", trial, work, sweep, room, scheduler)
     finally:
-        with contextlib.suppress(OSError):  # What goes on does it, and this may be a Ctrl-C.
+        # What goes on does it; a Ctrl-C is not to become what an unreachable study raises.
+        with contextlib.suppress(Exception):
             work.close()
     if work.failed_proofs:
         raise RuntimeError("; ".join(work.failed_proofs))
@@ -245,6 +246,8 @@ class _Proposed(_Search):
     def heard(self, event: Event) -> None:
         if event["event"] == "ticket":
             self._tickets.setdefault(event["trajectory"], []).append(event)
+        elif event["event"] == "retry" and event.get("anew"):
+            self._tickets.pop(event["trajectory"], None)
         super().heard(event)
 
     def _settle(self, point: Point, ending: Event) -> None:

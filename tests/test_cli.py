@@ -28,6 +28,7 @@ from made_up_sweep import (
 )
 from test_ticket import saved_ticket
 
+from raytickets import storage
 from raytickets.lease import Held, hold
 from raytickets.spaces import built_in
 from raytickets.sweep import Sweep
@@ -73,6 +74,16 @@ def test_show_is_found_by_id_or_folder(found, cli):
     assert (code, errors) == (0, "")
     assert f"Ticket {found.id}" in output
     assert "cifar_vgg depth=9 width=0.125" in output
+
+
+def test_a_folder_that_may_not_be_read_hides_no_ticket(found, cli, monkeypatch):
+    def names(path):
+        if path == found.path.parent.parent.parent / "private" / "tickets":
+            raise PermissionError(path)
+        return ["first", "private"] if path.name == "sweeps" else storage.names(path)
+
+    monkeypatch.setattr("raytickets.cli.names", names)
+    assert cli("show", found.id)[0] == 0
 
 
 def test_an_id_that_several_sweeps_have_needs_a_folder(found, refusal, monkeypatch, tmp_path):

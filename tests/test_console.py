@@ -338,6 +338,18 @@ def test_a_worker_that_was_lost_is_a_line_and_a_note():
     assert lines[-1] == f"retraining {LARGE}  runs again, attempt 2: the worker was killed"
 
 
+def test_tickets_from_before_a_new_beginning_are_not_shown():
+    drawn = [event for event in SEARCHED if event.get("trajectory") == LOW][:4]
+    assert "ticket" in [event["event"] for event in drawn]
+    anew = {"event": "retry", "trajectory": LOW, "attempt": 1, "reason": "other", "anew": True}
+    progress = Progress(Console(width=120, file=io.StringIO(), force_terminal=True), SPACE)
+    for event in drawn:
+        progress(event)
+    assert "% @" in printed(progress._search())
+    progress(anew)
+    assert "% @" not in printed(progress._search())
+
+
 def test_a_report_says_what_was_cut_off_and_what_ran_again(report):
     lost = {"event": "retry", "trajectory": HIGH, "attempt": 1, "reason": "the worker was killed"}
     cut = {"event": "end", "state": "interrupted", "reason": ""}

@@ -393,6 +393,7 @@ def test_a_store_that_is_refused_is_to_cost_a_cluster_nothing(tmp_path, monkeypa
         yield
 
     monkeypatch.setattr(driver, "connected", connected)
+    monkeypatch.setattr(driver.ray, "is_initialized", lambda: False)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         cluster = f"127.0.0.1:{listener.getsockname()[1]}"
         with pytest.raises(InputError, match=r"^tracking_uri: "):

@@ -220,6 +220,15 @@ def test_a_file_that_leads_nowhere_is_named(image_folder):
         read_images(files_of(path))
 
 
+def test_a_link_that_leads_back_is_named(image_folder):
+    path = image_folder({"a/x": 4, "b": 4})
+    (path / "a" / "y").symlink_to(path / "b")
+    assert len(files_of(path)) == 12
+    (path / "a" / "x" / "again").symlink_to(path / "a")
+    with pytest.raises(InputError, match=r"a/x/again.* must not lead back"):
+        files_of(path)
+
+
 def test_images_are_decoded_once(image_folder, cache, decoded):
     path = image_folder({"train/a": 4, "train/b": 4, "test/a": 2, "test/b": 2})
     first = read_images(files_of(path))

@@ -589,6 +589,16 @@ def test_a_source_that_was_stopped_is_as_one_that_never_was(dataset, tmp_path, k
     assert timeless(told) == timeless(whole)
 
 
+def test_a_source_that_begins_anew_says_so_once(dataset, tmp_path, monkeypatch):
+    (source,) = (source for source in sources(SPACE) if source.kind == "iterative")
+    setting = prepare(SPACE, dataset, tmp_path)
+    first = [event for events in run_source(setting, source) for event in events]
+    monkeypatch.setattr(methods, "made_by", lambda _: {"versions": "others"})
+    again = [event for events in run_source(setting, source) for event in events]
+    assert again[0]["event"] == "retry"
+    assert timeless([again[1:]]) == timeless([first])
+
+
 def test_a_round_that_was_stopped_is_as_one_that_never_was(dataset, tmp_path, monkeypatch):
     (source,) = (source for source in sources(SPACE) if source.kind == "iterative")
     whole = list(run_source(prepare(SPACE, dataset, tmp_path / "a"), source))

@@ -1,7 +1,7 @@
 """A ticket is whole or not there, says when it was altered, and rebuilds the same network."""
 
-import errno
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -156,13 +156,14 @@ def test_what_a_killed_writer_left_goes_at_a_later_save_if_it_is_old(ticket):
     assert not old.exists()
 
 
-def test_a_full_disk_leaves_nothing_and_is_named(ticket, monkeypatch):
-    def full(path):
-        raise OSError(errno.ENOSPC, "No space left on device", str(path))
-
-    monkeypatch.setattr("raytickets.ticket.sync", full)
-    with pytest.raises(OSError, match="No space left"):
-        saved_ticket(ticket.path.parent, seed=1)
+def test_a_full_disk_leaves_nothing_and_is_named(ticket):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            saved_ticket(ticket.path.parent, seed=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [path.name for path in ticket.path.parent.iterdir()] == [ticket.id]
 
 

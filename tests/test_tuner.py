@@ -114,6 +114,15 @@ def test_events_that_a_trajectory_tells_again_count_once(sweep):
     assert work.left == 2
 
 
+def test_optuna_learns_nothing_of_tickets_from_before_a_new_beginning(sweep):
+    work = begin(sweep)
+    point = propose(work)
+    *before, ending = drawn(point)
+    anew = {"event": "retry", "trajectory": ending["trajectory"], "attempt": 1, "reason": "other"}
+    finish(work, [*before, anew | {"anew": True}, before[0], ending])
+    assert told(sweep) == [[0.0]]
+
+
 def test_two_objectives_are_told_together(sweep):
     work = begin(sweep, PARETO)
     finish(work, drawn(propose(work)))
